@@ -1,0 +1,32 @@
+"What several test files need."
+from copy import deepcopy
+import torch
+from fnnlite.record import floats, grad, maptree
+
+
+def rand(*shape): return torch.randn(*shape, dtype=torch.float64)
+
+def by_autograd(module, *args, g=None):
+    "Gradients of the floats in `args` and of the parameters by autograd, through the same forward, on copies."
+    module = deepcopy(module).requires_grad_()
+    args = maptree(lambda t: t.detach().clone(), args)
+    ts = [t.requires_grad_() for t in floats(args)] + list(module.parameters())
+    torch.autograd.backward(floats(module(*args)), g)
+    return [torch.zeros_like(t) if t.grad is None else t.grad for t in ts]
+
+def assert_grads(module, *args, times=1):
+    "After `backward()` from a random upstream gradient, every `.g` is autograd's, in value, shape and dtype."
+    args = maptree(lambda t: t.detach().clone(), args)
+    seed = torch.initial_seed()
+    torch.manual_seed(seed)
+    outs = floats(module(*args))
+    gs = [torch.randn_like(o) for o in outs]
+    module.backward(gs)
+    torch.manual_seed(seed)
+    auto = by_autograd(module, *args, g=gs)
+    names = [f'input {i}' for i in range(len(floats(args)))] + [n for n,_ in module.named_parameters()]
+    for name,t,a in zip(names, floats(args)+list(module.parameters()), auto, strict=True):
+        g = torch.zeros_like(t) if grad(t) is None else t.g
+        n = times if isinstance(t, torch.nn.Parameter) else 1
+        torch.testing.assert_close(g, n*a, rtol=1e-9, atol=1e-11, msg=lambda m: f"{name}: {m}")
+        assert not isinstance(t, torch.nn.Parameter) or t.grad is grad(t)

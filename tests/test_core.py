@@ -1,0 +1,699 @@
+"The rules of `.g`: right gradients, and errors where a gradient would be wrong or lost."
+import copy, gc, pickle, threading, weakref
+from functools import partial
+import pytest, torch
+from torch import nn
+from fnnlite.core import Module, zero_grad
+from fnnlite.layers import Add, Concat, Dropout, Flatten, Lin, Matmul, Mul, Relu, Sigmoid, Softmax, Tanh
+from fnnlite.losses import CrossEntropy, Mse
+from fnnlite.model import Model, Sequential
+from fnnlite.record import GradError, const, grad
+from helpers import assert_grads, by_autograd, rand
+
+torch.manual_seed(0)
+Lin64 = partial(Lin, dtype=torch.float64)
+
+
+def net(): return Model([Lin64(4, 5), Tanh(), Lin64(5, 3)], Mse())
+def batch(n=6): return rand(n, 4),rand(n, 3)
+
+
+# The lesson, as it stands there
+
+class LessonLin(Module):
+    def __init__(self, w, b): self.w,self.b = w,b
+
+    def forward(self, inp): return inp@self.w + self.b
+
+    def bwd(self, out, inp):
+        inp.g = out.g @ self.w.t()
+        self.w.g = torch.einsum("bi,bj->ij", inp, out.g)
+        self.b.g = out.g.sum(0)
+
+class LessonRelu(Module):
+    def forward(self, inp): return inp.clamp_min(0.)-0.5
+    def bwd(self, out, inp): inp.g = (inp>0).float() * out.g
+
+class LessonMse(Module):
+    def forward (self, inp, targ): return (inp.squeeze() - targ).pow(2).mean()
+    def bwd(self, out, inp, targ): inp.g = 2*(inp.squeeze()-targ).unsqueeze(-1) / targ.shape[0]
+
+class LessonModel():
+    def __init__(self, w1, b1, w2, b2):
+        self.layers = [LessonLin(w1,b1), LessonRelu(), LessonLin(w2,b2)]
+        self.loss = LessonMse()
+
+    def __call__(self, x, targ):
+        for l in self.layers: x = l(x)
+        return self.loss(x, targ)
+
+    def backward(self):
+        self.loss.backward()
+        for l in reversed(self.layers): l.backward()
+
+def lesson():
+    x_train,y_train = torch.randn(50, 7),torch.randn(50)
+    w1,b1,w2,b2 = torch.randn(7, 5),torch.zeros(5),torch.randn(5, 1),torch.zeros(1)
+    ts = [t.clone().requires_grad_() for t in (w1,b1,w2,b2,x_train)]
+    loss = ((((ts[4]@ts[0]+ts[1]).relu()-.5)@ts[2]+ts[3]).squeeze()-y_train).pow(2).mean()
+    return x_train,y_train,w1,b1,w2,b2,torch.autograd.grad(loss, ts)
+
+def test_lesson_word_for_word():
+    x_train,y_train,w1,b1,w2,b2,auto = lesson()
+    w1.g = torch.ones(3) # left over from the pure functions of the lesson's first half
+    w1.g,b1.g,w2.g,b2.g = [None]*4
+    model = LessonModel(w1, b1, w2, b2)
+    assert model.layers[0].w is w1
+    for times in (1,2,3): # parameters accumulate, the input starts afresh
+        model(x_train, y_train)
+        model.backward()
+        for t,a,n in zip((w1,b1,w2,b2,x_train), auto, (times,)*4+(1,)): torch.testing.assert_close(t.g, n*a, rtol=1e-4, atol=1e-5)
+    w1.g,b1.g,w2.g,b2.g = [None]*4 # the lesson's way to zero
+    model(x_train, y_train)
+    model.backward()
+    torch.testing.assert_close(w1.g, auto[0], rtol=1e-4, atol=1e-5)
+    assert model.layers[1].args[0] is model.layers[0].out and w1.g is w1.grad
+
+def test_lesson_second_backward_starts_afresh():
+    x_train,y_train,w1,b1,w2,b2,auto = lesson()
+    model = LessonModel(w1, b1, w2, b2)
+    model(x_train, y_train)
+    model.backward()
+    model.backward()
+    torch.testing.assert_close(x_train.g, auto[4], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(w2.g, 2*auto[2], rtol=1e-4, atol=1e-5)
+
+def test_lesson_style_tensor_used_twice():
+    "Layer by layer by hand, a tensor that feeds two modules gets the sum."
+    a,b,add,mse,x,y = Lin64(4, 3),Lin64(4, 3),Add(),Mse(),rand(6, 4),rand(6, 3)
+    for _ in range(2):
+        mse(add(a(x), b(x)), y)
+        for m in (mse,add,b,a): m.backward()
+        ref = x.clone().requires_grad_()
+        (ref@(a.w+b.w) - y).pow(2).mean().backward()
+        torch.testing.assert_close(x.g, ref.grad)
+
+def test_lesson_style_layer_used_twice_is_refused():
+    l,mse,x = Lin64(1, 1),Mse(),rand(1, 1)
+    mse(l(l(x)), x)
+    mse.backward()
+    l.backward()
+    with pytest.raises(GradError, match='Lin: a second backward'): l.backward()
+
+def test_lesson_module_in_model():
+    x_train,y_train,w1,b1,w2,b2,auto = lesson()
+    model = Model([LessonLin(w1,b1), LessonRelu(), LessonLin(w2,b2)], LessonMse())
+    model(x_train, y_train)
+    model.backward()
+    for t,a in zip((w1,b1,w2,b2,x_train), auto): torch.testing.assert_close(t.g, a, rtol=1e-4, atol=1e-5)
+
+
+# Right gradients
+
+class Twice(Module):
+    def __init__(self): self.l,self.act = Lin64(4, 4),Tanh()
+    def forward(self, x): return self.l(self.act(self.l(x)))
+
+class Loop(Module):
+    def __init__(self): self.l,self.act,self.n = Lin64(4, 4),Tanh(),1
+    def forward(self, x):
+        for _ in range(self.n): x = self.act(self.l(x))
+        return x
+
+class If(Module):
+    def __init__(self): self.a,self.b = Lin64(4, 4),Lin64(4, 4)
+    def forward(self, x): return self.a(x) if x.sum()>0 else self.b(self.a(x))
+
+class Recursive(Module):
+    def __init__(self): self.l,self.act = Lin64(4, 4),Tanh()
+    def forward(self, x, depth): return self.act(self.l(x)) if depth==0 else self.l(self(self.act(x), depth-1))
+
+class Feeds(Module):
+    "One tensor into several modules, residual sums among them."
+    def __init__(self): self.a,self.b,self.c,self.add,self.mul,self.cat,self.last = Lin64(4, 4),Lin64(4, 4),Lin64(4, 4),Add(),Mul(),Concat(),Lin64(8, 2)
+    def forward(self, x):
+        h = self.a(x)
+        r = self.add(self.add(self.b(h), h), x)
+        return self.last(self.cat(self.mul(r, h), self.c(r)))
+
+class Same(Module):
+    "The same tensor as both arguments."
+    def __init__(self): self.l,self.mul,self.add,self.mm = Lin64(4, 4),Mul(),Add(),Matmul()
+    def forward(self, x):
+        h = self.l(x)
+        return self.mm(self.add(h, h), self.mul(h, h))
+
+class Split(Module):
+    "A layer with several outputs, nested in a dict."
+    def forward(self, x): return {'lo': x[:,:2]*2, 'rest': (x[:,2:].exp(), x.sum())}
+    def bwd(self, out, x): x.g = torch.cat([out['lo'].g*2, out['rest'][0].g*out['rest'][0]], 1) + out['rest'][1].g
+
+class Several(Module):
+    def __init__(self): self.l,self.split,self.m,self.act = Lin64(4, 4),Split(),Lin64(2, 2),Tanh()
+    def forward(self, x):
+        o = self.split(self.l(x))
+        return self.m(o['lo']),self.act(o['rest'][0])
+
+class Tied(Module):
+    "One weight in two layers, and as an argument."
+    def __init__(self):
+        self.a = Lin64(4, 4)
+        self.b,self.mm = Lin(self.a.w, self.a.b),Matmul()
+    def forward(self, x): return self.mm(self.b(self.a(x)), self.a.w)
+
+class Nested(Module):
+    def __init__(self): self.parts,self.add = [Sequential(Twice(), Feeds()), Sequential(Lin64(4, 2), Sequential(Tanh()))],Add()
+    def forward(self, x): return self.add(self.parts[0](x), self.parts[1](x))
+
+@pytest.mark.parametrize('module', [Twice, If, Feeds, Same, Several, Tied, Nested])
+def test_structures(module):
+    m = module()
+    for times in (1,2,3): assert_grads(m, rand(4, 4), times=1) or m.zero_grad()
+    x = rand(4, 4)
+    for times in (1,2): assert_grads(m, x, times=times)
+
+def test_loop_changes_length():
+    m = Loop()
+    for n in (1,4,2,3):
+        m.n = n
+        assert_grads(m, rand(5, 4))
+        m.zero_grad()
+
+@pytest.mark.parametrize('depth', [0,1,4])
+def test_recursion(depth): assert_grads(Sequential(Lin64(4, 4), Call(Recursive(), depth)), rand(5, 4))
+
+class Call(Module):
+    def __init__(self, m, *args): self.m,self.more = m,args
+    def forward(self, x): return self.m(x, *self.more)
+
+def test_keyword_arguments(): 
+    class Kw(Module):
+        def __init__(self): self.a,self.add = Lin64(4, 4),Add()
+        def forward(self, x, skip=None): return self.add(self.a(x), b=skip)
+    m,x,s = Kw(),rand(3, 4),rand(3, 4)
+    m(x, skip=s)
+    m.backward(torch.ones_like(s))
+    torch.testing.assert_close(s.g, torch.ones_like(s))
+    torch.testing.assert_close(x.g, torch.ones_like(s)@m.a.w.t())
+
+def test_output_that_nothing_uses():
+    class Unused(Module):
+        def __init__(self): self.a,self.b,self.split = Lin64(4, 4),Lin64(4, 4),Split()
+        def forward(self, x):
+            self.b(x)
+            return self.split(self.a(x))['lo']
+    m = Unused()
+    assert_grads(m, rand(3, 4))
+    assert grad(m.b.w) is None and m.b.w.grad is None
+
+def test_identity_outputs():
+    "A module that hands its input, or a parameter, on as it is."
+    class Id(Module):
+        def forward(self, x): return x
+        def bwd(self, out, x): x.g = out.g
+    class Table(Module):
+        def __init__(self): self.w = rand(4, 4)
+        def forward(self): return self.w
+        def bwd(self, out): self.w.g = out.g
+    class Net(Module):
+        def __init__(self): self.id,self.l,self.add,self.table,self.mm = Id(),Lin64(4, 4),Add(),Table(),Matmul()
+        def forward(self, x): return self.mm(self.add(self.id(self.id(x)), self.l(x)), self.table())
+    assert_grads(Net(), rand(3, 4))
+    assert_grads(Id(), rand(3, 4))
+    assert_grads(Sequential(), rand(3, 4))
+    assert_grads(Sequential(Dropout(.5).eval(), Lin64(4, 2)), rand(3, 4))
+
+def test_shared_gradient_tensors_stay_apart():
+    "`a.g = out.g; b.g = out.g` is safe, and a parameter's .g has memory of its own for what clips in place."
+    class Two(Module):
+        def __init__(self): self.p,self.q = rand(3, 4),rand(3, 4)
+        def forward(self, x): return x+self.p+self.q
+        def bwd(self, out, x): x.g = self.p.g = self.q.g = out.g
+    class Row(Module):
+        def __init__(self): self.p = rand(12)
+        def forward(self, x): return x+self.p.view(3, 4)
+        def bwd(self, out, x):
+            x.g = out.g
+            self.p.g = out.g.view(-1)
+    m = Sequential(Row(), Two(), Row(), Tanh())
+    assert_grads(m, rand(3, 4))
+    before = [p.g.clone() for p in m.parameters()]
+    hidden = m[1].out.g.clone()
+    torch.nn.utils.clip_grad_norm_(m.parameters(), .1)
+    ratios = [(p.g/b).mean() for p,b in zip(m.parameters(), before)]
+    torch.testing.assert_close(ratios, [ratios[0]]*len(ratios))
+    torch.testing.assert_close(m[1].out.g, hidden)
+
+def test_validation_forward_before_backward():
+    m,(x,y) = net(),batch()
+    m(x, y)
+    m.predict(rand(9, 4))
+    with torch.no_grad(): m(*batch(9))
+    with torch.inference_mode(): m(*batch(9))
+    m.layers[0](rand(2, 4))
+    m.backward()
+    for t,a in zip([x,y,*m.parameters()], by_autograd(m, x, y)): torch.testing.assert_close(t.g, a)
+
+def test_inference_tensors_as_input():
+    with torch.inference_mode(): x,y = batch()
+    m = net()
+    m(const(x.clone()), y.clone())
+    m(x, y)
+    m.backward()
+
+def test_two_models_at_once():
+    a,b = net(),net()
+    b.layers[0] = a.layers[0] # and they share a layer
+    (xa,ya),(xb,yb) = batch(),batch()
+    a(xa, ya)
+    b(xb, yb)
+    a.backward()
+    for t,g in zip([xa,ya], by_autograd(a, xa, ya)): torch.testing.assert_close(t.g, g)
+    b.backward()
+    ga,gb = by_autograd(a, xa, ya),by_autograd(b, xb, yb)
+    torch.testing.assert_close(xb.g, gb[0])
+    torch.testing.assert_close(a.layers[0].w.g, ga[2]+gb[2])
+
+def test_two_threads():
+    errors = []
+    def train(seed):
+        try:
+            g = torch.Generator().manual_seed(seed)
+            m = Nested()
+            for _ in range(30):
+                assert_grads(m, torch.randn(4, 4, generator=g, dtype=torch.float64))
+                m.zero_grad()
+        except BaseException as e: errors.append(e)
+    # assert_grads seeds the global generator, which these nets don't draw from
+    threads = [threading.Thread(target=train, args=(i,)) for i in range(2)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert not errors
+
+def test_micro_batches():
+    m,(x,y) = net(),batch(8)
+    m(x, y)
+    m.backward()
+    whole = [p.g for p in m.parameters()]
+    m.zero_grad()
+    for i in (0,4):
+        m(x[i:i+4], y[i:i+4])
+        m.backward(torch.tensor(.5, dtype=torch.float64))
+    for p,g in zip(m.parameters(), whole): torch.testing.assert_close(p.g, g)
+
+def test_zeroing():
+    m,(x,y) = net(),batch()
+    opt = torch.optim.SGD(m.parameters(), lr=0.)
+    auto = by_autograd(m, x, y)[2:]
+    def zero_by_hand():
+        for p in m.parameters(): p.g = None
+    for zero in (m.zero_grad, opt.zero_grad, partial(opt.zero_grad, set_to_none=False), zero_by_hand, partial(zero_grad, list(m.parameters()))):
+        m(x, y)
+        m.backward()
+        for p,a in zip(m.parameters(), auto): torch.testing.assert_close(p.g, a)
+        zero()
+    m(x, y)
+    m.backward()
+    m.layers[0].w.grad = torch.ones_like(m.layers[0].w)
+    m(x, y)
+    with pytest.raises(GradError, match=r"Lin \(layers.0\): parameter 'w' has one tensor as .g and another as .grad"): m.backward()
+
+def test_accumulates_onto_autograds_grad():
+    m,(x,y) = net(),batch()
+    m.requires_grad_()
+    m(x, y).backward()
+    m.requires_grad_(False)
+    assert_grads_twice = by_autograd(m, x, y)[2:]
+    m(x, y)
+    m.backward()
+    for p,a in zip(m.parameters(), assert_grads_twice): torch.testing.assert_close(p.g, 2*a)
+
+def test_upstream():
+    l,x = Lin64(4, 3),rand(5, 4)
+    l(x)
+    with pytest.raises(GradError, match=r"Lin: backward\(\) from an output of shape \(5, 3\) needs"): l.backward()
+    with pytest.raises(GradError, match=r"got gradients of \[\(\(3,\), torch.float32\)\], expected \[\(\(5, 3\), torch.float64\)\]"): l.backward(torch.ones(3))
+    g = rand(5, 3)
+    l.backward(g)
+    first = x.g
+    torch.testing.assert_close(first, g@l.w.t())
+    with pytest.raises(GradError, match='needs the gradient'): l.backward() # the .g left by backward(g) is no upstream of its own
+    l.out.g = 2*g # but one assigned by hand is
+    l.backward()
+    torch.testing.assert_close(x.g, 2*first)
+
+def test_second_backward_with_output_used_inside():
+    class Net(Module):
+        def __init__(self): self.a,self.b = Lin64(4, 4),Lin64(4, 1)
+        def forward(self, x):
+            h = self.a(x)
+            return h,self.b(h)
+    m,x = Net(),rand(1, 4)
+    h,y = m(x)
+    m.backward([torch.zeros_like(h), torch.ones_like(y)])
+    first = x.g
+    m.backward([torch.zeros_like(h), torch.ones_like(y)])
+    torch.testing.assert_close(x.g, first)
+
+
+# What wants no gradient
+
+def test_const_input_and_what_depends_on_it_alone():
+    m = Model([Flatten(), Lin64(4, 3), Tanh()], Mse())
+    x,y = rand(5, 2, 2),rand(5, 3)
+    m(const(x), const(y))
+    m.backward()
+    assert grad(x) is None and grad(y) is None and grad(m.layers[0].out) is None
+    torch.testing.assert_close(m.layers[1].w.g, by_autograd(m, x, y)[2])
+    m(x, y)
+    m.backward()
+    assert x.g.shape==x.shape
+
+def test_frozen_parameters_cost_nothing():
+    from torch.utils.flop_counter import FlopCounterMode
+    m,(x,y) = net(),batch()
+    x,y = const(x),const(y)
+    def flops():
+        m(x, y)
+        with FlopCounterMode(display=False) as c: m.backward()
+        m.zero_grad()
+        return c.get_total_flops()
+    full = flops()
+    m.layers[0].freeze()
+    assert flops()==full - 2*6*4*5 - 2*6*5*3 # no weight gradient there, and nothing to pass back to it
+    m(x, y)
+    m.backward()
+    assert grad(m.layers[0].w) is None and m.layers[0].w.grad is None and m.layers[2].w.g is not None
+    assert not m.layers[0].parameters().__next__().requires_grad
+    m.layers[0].unfreeze()
+    assert flops()==full
+
+def test_frozen_survives_copies():
+    m = net()
+    m.layers[0].freeze()
+    for twin in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
+        twin(*batch())
+        twin.backward()
+        assert grad(twin.layers[0].w) is None and twin.layers[2].w.g is not None
+
+def test_everything_constant():
+    m = net().freeze()
+    m(*map(const, batch()))
+    with pytest.raises(GradError, match='nothing in its last call wants a gradient'): m.backward()
+
+
+# It is a torch module
+
+def test_nothing_hangs_on_copies():
+    m,(x,y) = net(),batch()
+    m(x, y)
+    m.backward()
+    m2 = Tied()
+    for twin in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
+        assert all(p.grad is None and grad(p) is None for p in twin.parameters())
+        assert twin.args is None and twin.layers[0].out is None
+        assert_grads(twin, x, y)
+        for p,q in zip(m.parameters(), twin.parameters()): assert torch.equal(p, q) and p is not q
+    assert m.layers[0].w.g is not None and m.out is not None
+    assert len(pickle.dumps(m)) < len(pickle.dumps(net()))+200
+    m2(rand(4, 4))
+    m2.backward(rand(4, 4))
+    for twin in (copy.deepcopy(m2), pickle.loads(pickle.dumps(m2))): assert twin.a.w is twin.b.w and grad(twin.a.w) is None
+
+def test_state_dict_and_moves(tmp_path):
+    m,m2,(x,y) = net(),net(),batch()
+    m(x, y)
+    m.backward()
+    assert [n for n,_ in m.named_parameters()]==list(m.state_dict())==['layers.0.w','layers.0.b','layers.2.w','layers.2.b']
+    torch.save(m.state_dict(), tmp_path/'m.pt')
+    m2.load_state_dict(torch.load(tmp_path/'m.pt', weights_only=True))
+    assert torch.equal(m2.predict(x), m.predict(x))
+    m.float()
+    w = m.layers[0].w
+    assert w.dtype==torch.float32 and w.g is w.grad and w.g.dtype==torch.float32
+    m(x.float(), y.float())
+    m.backward()
+    m.to('meta')
+    assert m(x.float().to('meta'), y.float().to('meta')).device.type=='meta'
+
+def test_repr_modes_and_lists():
+    m = net()
+    assert 'Lin(4, 5, bias=True)' in repr(m) and repr(m).index('layers')<repr(m).index('loss')
+    assert m.training and not m.eval().layers[1].training
+    class Listed(Module):
+        def __init__(self):
+            self.blocks = []
+            for _ in range(2): self.blocks.append(Lin64(4, 4))
+            self.pair = (Tanh(),Relu())
+        def forward(self, x):
+            for l in reversed(self.blocks): x = self.pair[0](l(x))
+            return x
+    assert len(list(Listed().parameters()))==4
+    assert_grads(Listed(), rand(3, 4))
+    with pytest.raises(AttributeError, match="Bad: 'out' is the last call's"):
+        class Bad(Module):
+            def __init__(self): self.out = Lin(2, 2)
+        Bad()
+
+def test_parameters_and_buffers_of_init():
+    class M(Module):
+        def __init__(self, w):
+            self.w,self.table,self.n,self._hidden = w,const(torch.ones(3)),torch.arange(3),torch.ones(2)
+    w = torch.randn(3)
+    m = M(w)
+    assert m.w is w and isinstance(w, nn.Parameter) and not w.requires_grad
+    assert [n for n,_ in m.named_parameters()]==['w'] and [n for n,_ in m.named_buffers()]==['table']
+    class Scale(Module):
+        def __init__(self): self.s,self.mul,self.l = const(rand(4)),Mul(),Lin64(4, 4)
+        def forward(self, x): return self.l(self.mul(x, self.s))
+    assert_grads(Scale(), rand(3, 4))
+
+def test_forward_hooks():
+    m,(x,y),seen = net(),batch(),[]
+    m.layers[0].register_forward_pre_hook(lambda mod,args: seen.append('pre'))
+    h = m.layers[0].register_forward_hook(lambda mod,args,out: seen.append(out.shape))
+    assert_grads(m, x, y)
+    assert seen[:2]==['pre',(6,5)]
+    h.remove()
+    h = m.layers[0].register_forward_hook(lambda mod,args,out: out*2)
+    with pytest.raises(GradError, match='Lin: a forward hook changed'): m(x, y)
+    h.remove()
+    h = m.layers[0].register_forward_pre_hook(lambda mod,args: (args[0]*2,))
+    with pytest.raises(GradError, match='Lin: a forward hook changed'): m(x, y)
+    h.remove()
+    h = m.layers[0].register_forward_hook(lambda mod,args,out: out.mul_(2) and None)
+    with pytest.raises(RuntimeError): m(x, y)
+    h.remove()
+    m.layers[0].register_full_backward_hook(lambda *a: None)
+    with pytest.raises(GradError, match='backward hooks'): m(x, y)
+
+def test_requires_grad_hands_over_to_autograd():
+    m,(x,y) = net(),batch()
+    auto = by_autograd(m, x, y)
+    m(x, y)
+    x.requires_grad_()
+    loss = m(x, y)
+    with pytest.raises(GradError, match='autograd has the record'): m.backward()
+    loss.backward()
+    torch.testing.assert_close(x.grad, auto[0])
+
+
+# Memory
+
+def alive(ts): return sum(r() is not None for r in ts)
+
+def test_released_when_called_again_and_by_free():
+    m,(x,y) = net(),batch()
+    m(x, y)
+    m.backward()
+    refs = [weakref.ref(l.out) for l in m.layers]
+    assert alive(refs)==3
+    m(x, y)
+    assert alive(refs)==0
+    refs = [weakref.ref(l.out) for l in m.layers]
+    m.free()
+    assert alive(refs)==0 and m.out is None and m.layers[0].args is None
+    with pytest.raises(GradError, match='Model: backward.. before a recorded forward'): m.backward()
+
+def test_keeping_the_loss_keeps_nothing_else():
+    gc.disable()
+    try:
+        m,losses = net(),[]
+        x,y = batch()
+        ref = weakref.ref(x)
+        losses.append(m(x, y))
+        m.backward()
+        del x
+        m(*batch())
+        assert ref() is None
+    finally: gc.enable()
+
+def test_free_layer_by_layer():
+    seen = []
+    class Watch(Tanh):
+        def bwd(self, out, inp):
+            super().bwd(out, inp)
+            seen.append(alive(refs))
+    m = Model([Watch() for _ in range(4)], Mse())
+    x,y = rand(3, 4),rand(3, 4)
+    for free in (False,True):
+        m(x, y)
+        refs = [weakref.ref(l.out) for l in m.layers]
+        m.backward(free=free)
+    assert seen==[4,4,4,4]+[4,3,2,1] and alive(refs)==0 and m.out is None
+    torch.testing.assert_close(x.g, by_autograd(m, x, y)[0])
+
+
+# A wrong gradient is never silent
+
+class Raw(Module):
+    "A net with a raw operation at the place its function says."
+    def __init__(self, f): self.a,self.b,self.add,self.act,self.f = Lin64(4, 4),Lin64(4, 4),Add(),Sigmoid(),f
+    def forward(self, x): return self.f(self, x)
+
+def raw_path(m, x): return m.b(m.a(x)*2)
+def raw_side(m, x):
+    h = m.a(x)
+    return m.add(m.b(h), h*.5)
+def raw_view(m, x): return m.b(m.a(x).view(2, -1, 4))
+def raw_first(m, x): return m.b(x/255)
+def raw_weight(m, x): return m.act(x@m.a.w)
+def raw_getitem(m, x): return m.b(m.a(x)[:2])
+def raw_detach(m, x): return m.b(m.a(x).detach())
+def raw_nested(m, x): return m.b(Sequential(m.act)(m.a(x))+1)
+
+@pytest.mark.parametrize('f', [raw_path, raw_side, raw_view, raw_first, raw_weight, raw_getitem, raw_detach, raw_nested], ids=lambda f: f.__name__)
+def test_raw_operation_is_refused(f):
+    m = Model(Raw(f), Mse())
+    with pytest.raises(GradError, match=r"(Lin|Add|Sigmoid) \(layers\.\w+\).*argument '(inp|b)' of shape .* was made by a raw operation"): m(rand(4, 4), rand(4, 4))
+    assert m.out is None
+    m.layers.f = lambda m,x: m.b(m.a(x)) # and nothing is left half-written
+    assert_grads(m, rand(4, 4), rand(4, 4))
+
+def test_raw_output_is_refused():
+    m = Raw(lambda m,x: m.a(x)*2)
+    with pytest.raises(GradError, match="Raw: the output of shape .4, 4. is a view or was made by a raw operation"): m(rand(4, 4))
+    with pytest.raises(GradError, match="the output"): Sequential(nn.ReLU())(rand(4, 4))
+    with pytest.raises(GradError, match="the output"): Raw(lambda m,x: {'a': (m.a(x),x+1)})(rand(4, 4))
+
+def test_tensor_of_an_earlier_call_is_refused():
+    m = Raw(lambda m,x: m.add(m.a(x), m.kept))
+    m.kept = m.a(rand(4, 4))
+    with pytest.raises(GradError, match="argument 'b'"): m(rand(4, 4))
+    m.kept = const(m.kept)
+    assert_grads(m, rand(4, 4))
+
+def test_constants_may_be_made_anywhere(): assert_grads(Raw(lambda m,x: m.add(m.a(x), const(torch.ones(4, dtype=torch.float64)))), rand(4, 4))
+
+def in_place_out(m, x):
+    h = m.act(m.a(x))
+    o = m.b(h)
+    h.add_(1)
+    return o
+def in_place_between(m, x): return m.b(m.act(m.a(x)).mul_(2))
+def in_place_input(m, x):
+    h = m.a(x)
+    x.mul_(2)
+    return m.b(h)
+def in_place_weight(m, x):
+    h = m.b(m.a(x))
+    m.b.w.mul_(2)
+    return h
+def in_place_view(m, x):
+    h = m.act(m.a(x))
+    h[0] = 0
+    return m.b(h)
+
+@pytest.mark.parametrize('f', [in_place_out, in_place_between, in_place_input, in_place_weight, in_place_view], ids=lambda f: f.__name__)
+def test_in_place_change_is_refused(f):
+    m = Model(Raw(f), Mse())
+    m(rand(4, 4), rand(4, 4))
+    with pytest.raises(GradError, match=r"\(layers\.(a|b|act)\): (argument 'inp'|parameter 'w'|the output) was changed in place"): m.backward()
+    assert all(grad(p) is None and p.grad is None for p in m.parameters())
+
+def test_class_indices_changed_in_place():
+    m,targ = Model([Lin64(4, 3)], CrossEntropy()),torch.tensor([0,1])
+    m(rand(2, 4), targ)
+    targ.zero_()
+    with pytest.raises(GradError, match="argument 'targ' was changed in place"): m.backward()
+
+def test_update_before_backward():
+    m,(x,y) = net(),batch()
+    m(x, y)
+    m.layers[0].w.add_(1)
+    with pytest.raises(GradError, match=r"Lin \(layers.0\): parameter 'w' was changed in place"): m.backward()
+
+class Layer(Module):
+    "A linear layer whose bwd is given."
+    def __init__(self, f): self.w,self.f = rand(4, 4),f
+    def forward(self, inp, more=None): return inp@self.w
+    def bwd(self, out, inp, more=None): self.f(self, out, inp)
+def right(self, out, inp): inp.g,self.w.g = out.g@self.w.t(),inp.t()@out.g
+def no_weight(self, out, inp): inp.g = out.g@self.w.t()
+def no_input(self, out, inp): self.w.g = inp.t()@out.g
+def transposed(self, out, inp): inp.g,self.w.g = (out.g@self.w.t()).t(),inp.t()@out.g
+def short(self, out, inp): inp.g,self.w.g = out.g@self.w.t(),(inp.t()@out.g)[0]
+def half(self, out, inp): inp.g,self.w.g = out.g@self.w.t(),(inp.t()@out.g).float()
+def number(self, out, inp): inp.g,self.w.g = out.g@self.w.t(),1.
+def upstream_changed(self, out, inp):
+    out.g.mul_(2)
+    right(self, out, inp)
+
+@pytest.mark.parametrize('f,msg', [(no_weight, "parameter 'w' got no .g"), (no_input, "argument 'inp' got no .g"),
+    (transposed, r"argument 'inp' got a .g of \(4, 6\) torch.float64, expected \(6, 4\)"), (short, r"parameter 'w' got a .g of \(4,\)"),
+    (half, r"got a .g of \(4, 4\) torch.float32, expected \(4, 4\) torch.float64"), (number, "got a .g of type float, expected a tensor"),
+    (upstream_changed, "had its .g changed in place by bwd")], ids=lambda f: getattr(f, '__name__', ''))
+def test_faulty_bwd_is_refused_and_leaves_nothing(f, msg):
+    m = Model([Lin64(4, 4), Layer(f), Lin64(4, 3)], Mse())
+    x,y = batch()
+    m(x, y)
+    m.layers[1].f = right
+    m.backward()
+    before = [p.g for p in m.parameters()]
+    values = [g.clone() for g in before]
+    m(x, y)
+    m.layers[1].f = f
+    with pytest.raises(GradError, match=r"Layer \(layers.1\): .*" + msg): m.backward()
+    assert all(p.g is g and p.grad is g and torch.equal(g, v) for p,g,v in zip(m.parameters(), before, values))
+    assert grad(x) is None and grad(m.layers[1].out) is None
+
+def test_input_of_the_whole_call_may_be_left_out():
+    l = Layer(no_input)
+    l(rand(4, 4))
+    l.backward(rand(4, 4))
+    assert l.w.g is not None and grad(l.args[0]) is None
+
+def test_one_tensor_under_two_names():
+    class Two(Module):
+        def __init__(self, w): self.u,self.v = w,w
+        def forward(self, x): return x@self.u@self.v
+        def bwd(self, out, x): pass
+    with pytest.raises(GradError, match='two of its parameters are the same tensor'): Two(rand(4, 4))(rand(4, 4))
+
+def test_no_forward_no_bwd():
+    class Empty(Module): pass
+    with pytest.raises(NotImplementedError, match='Empty has no forward'): Empty()(rand(2))
+    with pytest.raises(GradError, match='Lin: backward.. before a recorded forward'): Lin(2, 2).backward()
+    with torch.no_grad(): (l := Lin64(4, 4))(rand(2, 4))
+    with pytest.raises(GradError, match='before a recorded forward'): l.backward()
+
+def test_failed_forward_leaves_the_thread_clean():
+    class Fails(Module):
+        def __init__(self): self.l = Lin64(4, 4)
+        def forward(self, x): raise KeyError(self.l(x))
+    with pytest.raises(KeyError): Fails()(rand(2, 4))
+    with pytest.raises(GradError): Raw(raw_path)(rand(4, 4))
+    x = rand(2, 4)*2 # at the top, inputs may come from anywhere
+    assert_grads(Lin64(4, 4), x)
+
+def test_layer_that_calls_modules_inside():
+    "A bwd of one's own over parts that are modules, called back by hand."
+    class Block(Module):
+        def __init__(self): self.a,self.act,self.b = Lin64(4, 4),Softmax(),Lin64(4, 4)
+        def forward(self, x): return self.b(self.act(self.a(x)*2)) # raw operations are this layer's business
+        def bwd(self, out, x):
+            self.b.backward(out.g)
+            self.act.backward()
+            self.a.backward(self.act.args[0].g*2)
+    m = Sequential(Lin64(4, 4), Block(), Tanh())
+    for times in (1,2): assert_grads(m, rand(3, 4), times=1) or m.zero_grad()

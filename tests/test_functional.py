@@ -1,0 +1,266 @@
+"Each operation against torch's own, forward and backward, as a function and as a layer."
+import math
+import pytest, torch
+import torch.nn.functional as TF
+from hypothesis import given, settings, strategies as st
+from fnnlite import functional as F, layers
+from fnnlite.functional import lin, lin_grad
+from fnnlite.layers import Add, Concat, Dropout, Flatten, Lin, Log, LogSoftmax, Matmul, Mul, Relu, Reshape, Sigmoid, Softmax, Tanh
+from fnnlite.model import Sequential
+from fnnlite.record import const, grad
+from helpers import assert_grads
+
+close = torch.testing.assert_close # shape and dtype too
+shapes = st.lists(st.integers(1, 4), min_size=0, max_size=3).map(tuple)
+random_shapes = settings(deadline=None, max_examples=25, derandomize=True, database=None)
+
+
+def rand(*shape): return torch.randn(shape, dtype=torch.float64) # () as well
+def leaf(t): return t.detach().clone()
+
+def agree(out, back, op, ts):
+    "`out` is torch's `op(*ts)`, and after `back(g)` with a random `g` each `.g` in `ts` is autograd's through `op`."
+    refs = [leaf(t).requires_grad_() for t in ts]
+    want = op(*refs)
+    close(out, want.detach(), rtol=1e-12, atol=1e-12)
+    g = rand(*want.shape)
+    back(g)
+    for t,a in zip(ts, torch.autograd.grad(want, refs, g), strict=True):
+        if getattr(t, 'const', False): assert grad(t) is None
+        else: close(t.g, a, rtol=1e-10, atol=1e-12)
+
+def check(op, layer, name, *inps, **kw):
+    "`functional`'s `name` and `name_grad`, then `layer`; with each tensor a constant in turn, too."
+    ps,f,f_grad = list(layer.parameters()),getattr(F, name),getattr(F, f'{name}_grad')
+    def as_function(*ts):
+        out = f(*ts, **kw)
+        def back(g):
+            out.g = g
+            f_grad(out, *ts, **kw)
+        agree(out, back, op, ts)
+    n = len(inps)+len(ps)
+    for c in range(n+1): as_function(*[const(t) if i==c else leaf(t) for i,t in enumerate([*inps,*ps])])
+    for c in range(len(inps)+1):
+        xs = [const(t) if i==c else leaf(t) for i,t in enumerate(inps)]
+        if n==1 and c==0: continue # backward() is refused where nothing wants a gradient
+        layer.zero_grad()
+        agree(layer(*xs), layer.backward, op, [*xs,*ps])
+    layer.zero_grad()
+
+
+# Over random shapes
+
+@random_shapes
+@given(shapes, st.integers(1, 4), st.integers(1, 4), st.booleans(), st.booleans())
+def test_lin(lead, ni, nf, bias, made):
+    if made: l = Lin(ni, nf, bias=bias, dtype=torch.float64)
+    else: l = Lin(rand(ni, nf), rand(nf)) if bias else Lin(rand(ni, nf))
+    assert (l.b is not None)==bias and l.w.shape==(ni,nf)
+    check(lambda x,w,b=None: TF.linear(x, w.t(), b), l, 'lin', rand(*lead, ni))
+
+@random_shapes
+@given(shapes, st.sampled_from([0.,.1,1.,-.5]), st.sampled_from([0.,.5,-.25]), st.sampled_from([None,1.,.5,-.25]))
+def test_relu(shape, leak, sub, maxv):
+    "On a grid of eighths, so that elements lie exactly at 0 and at the cap."
+    def op(x):
+        out = TF.leaky_relu(x, leak)-sub if leak else TF.relu(x)-sub
+        return out if maxv is None else out.clamp_max(maxv)
+    x = torch.randint(-16, 17, (5,*shape)).double()/8
+    x[0],x[1],x[2] = 0,(maxv or 0)+sub,-0.
+    check(op, Relu(leak, sub, maxv), 'relu', x, leak=leak, sub=sub, maxv=maxv)
+
+@random_shapes
+@given(shapes, shapes, st.data())
+def test_matmul(lead, extra, data):
+    n,k,m = [data.draw(st.integers(1, 3)) for _ in range(3)]
+    stretch = lambda shape: tuple(1 if data.draw(st.booleans()) else s for s in shape)
+    a,b = stretch(lead),stretch(lead)[data.draw(st.integers(0, len(lead))):]
+    if data.draw(st.booleans()): a,b = b,a
+    check(torch.matmul, Matmul(), 'matmul', rand(*a, n, k), rand(*b, k, m))
+
+@random_shapes
+@given(shapes, st.data(), st.sampled_from(['add','mul']))
+def test_add_and_mul(shape, data, name):
+    stretch = lambda: tuple(1 if data.draw(st.booleans()) else s for s in shape)[data.draw(st.integers(0, len(shape))):]
+    check(getattr(torch, name), Add() if name=='add' else Mul(), name, rand(*stretch()), rand(*stretch()))
+
+@random_shapes
+@given(shapes.filter(len), st.data(), st.sampled_from(['softmax','log_softmax']))
+def test_softmaxes(shape, data, name):
+    dim = data.draw(st.integers(-len(shape), len(shape)-1))
+    layer = Softmax if name=='softmax' else LogSoftmax
+    check(lambda x: getattr(torch, name)(x, dim), layer(dim), name, rand(*shape), dim=dim)
+    if dim==-1: check(lambda x: getattr(torch, name)(x, -1), layer(), name, rand(*shape))
+
+@random_shapes
+@given(shapes)
+def test_elementwise(shape):
+    check(torch.sigmoid, Sigmoid(), 'sigmoid', rand(*shape))
+    check(torch.tanh, Tanh(), 'tanh', rand(*shape))
+    check(lambda x: torch.log(x+1e-8), Log(), 'log', rand(*shape).exp())
+    check(lambda x: torch.log(x+.5), Log(.5), 'log', rand(*shape).abs(), eps=.5)
+
+@random_shapes
+@given(shapes.filter(len), st.data(), st.integers(1, 4))
+def test_concat(shape, data, n):
+    dim = data.draw(st.integers(-len(shape), len(shape)-1))
+    inps = [rand(*(data.draw(st.integers(1, 3)) if i==dim%len(shape) else s for i,s in enumerate(shape))) for _ in range(n)]
+    check(lambda *xs: torch.cat(xs, dim), Concat(dim), 'concat', *inps, dim=dim)
+
+@random_shapes
+@given(shapes, st.data())
+def test_reshape_and_flatten(shape, data):
+    new = data.draw(st.permutations(shape))
+    if new and data.draw(st.booleans()): new[data.draw(st.integers(0, len(new)-1))] = -1
+    check(lambda x: x.reshape(tuple(new)), Reshape(*new), 'reshape', rand(*shape), shape=tuple(new))
+    start = data.draw(st.integers(0, max(0, len(shape)-1)))
+    x = rand(*shape)
+    agree((l := Flatten(start))(x), l.backward, lambda x: torch.flatten(x, start), [x])
+    x = rand(3, *shape)
+    agree((l := Flatten())(x), l.backward, lambda x: torch.flatten(x, 1) if x.ndim>1 else x, [x]) if shape else None
+    x = rand(*shape, 2, 3).mT # not contiguous
+    agree((l := Flatten(-2))(x), l.backward, lambda x: torch.flatten(x, -2), [x])
+
+
+# Dropout
+
+@random_shapes
+@given(shapes, st.sampled_from([0.,.1,.5,.9,1.]), st.integers(0, 99))
+def test_dropout(shape, p, seed):
+    "What it does to ones, and to the upstream gradient, it does to every number; p=0 keeps and p=1 drops all."
+    l,x = Dropout(p),rand(*shape)
+    torch.manual_seed(seed)
+    out = l(x)
+    torch.manual_seed(seed)
+    ones = F.dropout(torch.ones_like(x), p)
+    scale = 0. if p==1 else 1/(1-p)
+    assert ((ones==0)|((ones-scale).abs()<1e-12)).all()
+    if p in (0.,1.): assert (ones==scale).all()
+    agree(out, l.backward, lambda x: x*ones, [x])
+    out = F.dropout(x, p)
+    out.g,mask = rand(*shape),out.mask
+    F.dropout_grad(out, x)
+    close(x.g, out.g*mask)
+
+def test_dropout_is_torchs():
+    "Same seed, same mask; and the share that is dropped."
+    for p in (.1,.5,.9):
+        torch.manual_seed(1)
+        a = Dropout(p)(torch.ones(100_000))
+        torch.manual_seed(1)
+        close(a, TF.dropout(torch.ones(100_000), p, True))
+        assert abs((a==0).float().mean()-p) < 5*math.sqrt(p*(1-p)/1e5)
+
+def test_dropout_twice_before_backward():
+    "Two calls have two masks, and each call's backward uses its own."
+    l,x = Dropout(.5),rand(50)
+    assert_grads(Sequential(l, l), x)
+    a,b = F.dropout(x),F.dropout(x)
+    a.g = b.g = torch.ones_like(x)
+    for out in (b,a):
+        F.dropout_grad(out, x)
+        close(x.g*x, out)
+
+def test_dropout_eval():
+    l,x = Dropout(.5).eval(),rand(4, 5)
+    agree(l(x), l.backward, lambda x: x*1, [x])
+    assert_grads(Sequential(l, Lin(5, 3, dtype=torch.float64), l), x)
+    close(Sequential(Dropout(1.)).eval()(x), x)
+
+
+# Functions alone
+
+def test_functions_without_modules():
+    "A hand-written two-layer net, `.g` by `.g`, as in the lesson's first half."
+    x,w1,b1,w2 = ts = [rand(6, 4),rand(4, 5),rand(5),rand(5, 3)]
+    l1 = lin(x, w1, b1)
+    l2 = F.relu(l1, sub=.5)
+    out = lin(l2, w2)
+    def back(g):
+        out.g = g
+        lin_grad(out, l2, w2)
+        F.relu_grad(l2, l1, sub=.5)
+        lin_grad(l1, x, w1, b1)
+    agree(out, back, lambda x,w1,b1,w2: ((x@w1+b1).relu()-.5)@w2, ts)
+
+@pytest.mark.parametrize('shape,to', [((2,3),()),((2,3),(3,)),((2,3),(2,1)),((4,2,3),(1,3)),((2,3),(2,3)),((2,1,3),(2,1,1))])
+def test_unbroadcast(shape, to):
+    t,g = rand(*to).requires_grad_(),rand(*shape)
+    close(F.unbroadcast(g, torch.Size(to)), torch.autograd.grad(t.expand(shape), t, g)[0])
+
+def test_every_function_has_its_gradient():
+    names = set(F.__all__)-{'unbroadcast'}
+    assert {n for n in names if not n.endswith('_grad')}=={n[:-5] for n in names if n.endswith('_grad')}
+
+
+# Extreme values
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('layer,op', [(Softmax, lambda x: x.softmax(-1)), (LogSoftmax, lambda x: x.log_softmax(-1)),
+    (Sigmoid, torch.sigmoid), (Tanh, torch.tanh), (Relu, torch.relu), (Log, lambda x: (x+1e-8).log())], ids=lambda f: getattr(f, '__name__', ''))
+def test_extreme_values(layer, op, dtype):
+    x = torch.tensor([[1e3,0,-1e3],[1e3,1e3,1e3],[-1e3,-1e3,0],[88.,-104,1e4]], dtype=dtype)
+    if layer is Log: x = torch.tensor([0.,1e-30,1e30], dtype=dtype)
+    g,ref = torch.randn_like(x),leaf(x).requires_grad_()
+    want = op(ref)
+    l = layer()
+    close(l(x), want.detach())
+    l.backward(g)
+    close(x.g, torch.autograd.grad(want, ref, g)[0], rtol=1e-5, atol=1e-7)
+    assert x.g.isfinite().all()
+
+
+# Constants
+
+layer_inps = {Lin: (lambda: Lin(4, 3, dtype=torch.float64), [(2,4)]), Matmul: (Matmul, [(2,4),(4,3)]), Add: (Add, [(2,4),(4,)]),
+    Mul: (Mul, [(2,4),(4,)]), Concat: (Concat, [(2,4),(2,3)]), Reshape: (lambda: Reshape(-1), [(2,4)])}
+
+@pytest.mark.parametrize('cls', [getattr(layers, n) for n in layers.__all__ if n!='check_inp'], ids=lambda c: c.__name__)
+def test_const_inputs_get_no_g(cls):
+    "Each layer, each input a constant in turn: no .g there, the others' as before; all constant: none in its output either."
+    make,inps = layer_inps.get(cls, (cls, [(2,4)]))
+    xs = [rand(*s).abs() for s in inps]
+    m = Sequential(layer := make())
+    for i in range(len(xs)):
+        ts = [const(x) if j==i else leaf(x) for j,x in enumerate(xs)]
+        out = layer(*ts)
+        if len(xs)==1 and not list(layer.parameters()):
+            assert out.const
+            with pytest.raises(RuntimeError, match='nothing in its last call wants'): layer.backward(torch.ones_like(out))
+        else: layer.backward(torch.ones_like(out))
+        assert grad(ts[i]) is None and all(t.g.shape==t.shape for j,t in enumerate(ts) if j!=i)
+    if list(m.parameters()): assert grad(layer.w) is not None
+
+
+# Errors name the module, the argument, what came and what was expected
+
+R = torch.randn
+@pytest.mark.parametrize('f,exc,msg', [
+    (lambda: Lin(4, 3)(R(2, 5)), ValueError, r"Lin\(4, 3, bias=True\): inp has shape \(2, 5\), expected \(\.\.\.,4\)"),
+    (lambda: Lin(4, 3)(torch.tensor(1.)), ValueError, r"Lin.*: inp has shape \(\), expected \(\.\.\.,4\)"),
+    (lambda: Lin(4, 3)(torch.ones(2, 4, dtype=torch.int64)), TypeError, r"Lin.*: inp has dtype torch.int64, expected a floating-point one"),
+    (lambda: Lin(4, 3)(torch.ones(2, 4, dtype=torch.uint8)), TypeError, r"Lin.*: inp has dtype torch.uint8, expected a floating"),
+    (lambda: Lin(4, 3)([1.,2.,3.,4.]), TypeError, r"Lin.*: inp is of type list, expected a tensor"),
+    (lambda: Lin(4, 3)(R(2, 4).double()), TypeError, r"Lin.*: inp has dtype torch.float64, expected torch.float32"),
+    (lambda: Lin(4, 3, device='meta')(R(2, 4)), ValueError, r"Lin.*: inp is on device cpu, expected meta"),
+    (lambda: Lin(4, 3)(R(2, 4, device='meta')), ValueError, r"Lin.*: inp is on device meta, expected cpu"),
+    (lambda: Lin(4, 3)(R(0, 4)), ValueError, r"Lin.*: inp is empty, of shape \(0, 4\)"),
+    (lambda: Lin(R(3, 4), R(3)), ValueError, r"Lin: w has shape \(3, 4\) and b \(3,\), expected \(ni,nf\) and \(nf,\)"),
+    (lambda: Lin(R(3)), ValueError, r"Lin: w has shape \(3,\) and b None, expected"),
+    (lambda: Lin(0, 3), ValueError, r"weight of \(0,3\): ni and nf must be at least 1"),
+    (lambda: Matmul()(R(2, 4), R(2, 4)), ValueError, r"Matmul\(\): a has shape \(2, 4\) and b \(2, 4\), expected \(...,n,k\) and \(...,k,m\)"),
+    (lambda: Matmul()(R(2, 4), R(4)), ValueError, r"Matmul\(\): a has shape \(2, 4\) and b \(4,\), expected"),
+    (lambda: Dropout(1.5), ValueError, r"Dropout: p is 1.5, expected a probability"),
+    (lambda: Dropout(-.1), ValueError, r"Dropout: p is -0.1, expected a probability")])
+def test_errors(f, exc, msg):
+    with pytest.raises(exc, match=msg): f()
+
+def test_meta_device():
+    "Shapes without numbers, all the way through."
+    with torch.device('meta'):
+        net = Sequential(Flatten(), Lin(6, 4), Relu(), Dropout(), Softmax(), Reshape(-1, 2, 2))
+        x = torch.randn(5, 2, 3)
+        out = net(x)
+    assert out.device.type=='meta' and out.shape==(5,2,2)
+    net.backward(torch.empty(5, 2, 2, device='meta'))
+    assert x.g.shape==x.shape and net[1].w.g.shape==(6,4)
