@@ -8,13 +8,13 @@ __all__ = ['parts', 'events', 'CancelException', 'CancelFitException', 'CancelEp
            'Callback', 'History', 'Recorder', 'NonFiniteError', 'first_nonfinite', 'StopAtNonFinite',
            'StopAtNonFiniteValid', 'Progress', 'OneCycle', 'Checkpoint']
 
-# %% ../nbs/11_callback.ipynb #39b6d9fb
-import csv, io, math, os, time
+# %% ../nbs/11_callback.ipynb #df0c8cec
+import csv, io, math, time
 from pathlib import Path
 import torch
 from fastcore.basics import GetAttr
 from .checkpoint import CheckpointError, load_tensors, put_state, save_tensors
-from .record import is_float, path
+from .record import path
 
 # %% ../nbs/11_callback.ipynb #fd9b6479
 parts = ('fit','epoch','train','validate','batch','backward','step')

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['CheckpointError', 'save_tensors', 'load_tensors', 'put_state']
 
-# %% ../nbs/10_checkpoint.ipynb #17fac7ed
+# %% ../nbs/10_checkpoint.ipynb #030d05c5
 import json, os
 from pathlib import Path
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 

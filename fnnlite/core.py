@@ -28,7 +28,7 @@ def _bare(t):
         _bare_of[t] = weakref.ref(bare)
     return bare
 
-# %% ../nbs/01_core.ipynb #3b0f21c7
+# %% ../nbs/01_core.ipynb #a9176829
 class Module(nn.Module, metaclass=PrePostInitMeta):
     "A `torch.nn.Module` whose calls leave a record and whose `bwd` is written by hand, or is the chain rule over its parts"
     def __pre_init__(self, *args, **kwargs):
@@ -126,7 +126,8 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         tape = call.tape
         if self.has_bwd:
             ts = call.inps+call.params
-            if any(getattr(o, 'tape', None) is tape or is_param(o) or any(o is t for t in ts) for o in call.outs):
+            mine = len({*call.outs, *ts})==len({*ts})+len(call.outs)
+            if not mine or any(getattr(o, 'tape', None) is tape or is_param(o) for o in call.outs):
                 out = maptree(lambda o: o.view_as(o), out) # an output of its own, with a .g of its own
                 call.done(out)
             live = any(map(wants, ts))

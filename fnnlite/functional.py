@@ -7,11 +7,10 @@ __all__ = ['lin', 'lin_grad', 'unbroadcast', 'matmul', 'matmul_grad', 'relu', 'r
            'log_softmax', 'log_softmax_grad', 'log', 'log_grad', 'sigmoid', 'sigmoid_grad', 'tanh', 'tanh_grad', 'add',
            'add_grad', 'mul', 'mul_grad', 'concat', 'concat_grad', 'reshape', 'reshape_grad', 'dropout', 'dropout_grad']
 
-# %% ../nbs/03_functional.ipynb #b6e6a9b2
+# %% ../nbs/03_functional.ipynb #340037e9
 import torch
-from torch import Tensor
 import torch.nn.functional as F
-from .record import const, wants
+from .record import wants
 
 # %% ../nbs/03_functional.ipynb #974125a0
 def lin(inp, w, b=None):

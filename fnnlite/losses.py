@@ -48,12 +48,13 @@ class Mse(Loss):
         if wants(inp): inp.g = g
         if wants(targ): targ.g = -g.view_as(targ)
 
-# %% ../nbs/05_losses.ipynb #d3fe1912
+# %% ../nbs/05_losses.ipynb #f4a43069
 def check_classes(module, inp, targ):
     "Raise TypeError or ValueError unless `targ` holds class indices (...) for `inp` (...,C)"
     check_inp(module, inp)
     if targ.dtype!=torch.int64: raise TypeError(f"{module}: targ has dtype {targ.dtype}, expected class indices of torch.int64")
-    if targ.shape!=inp.shape[:-1]: raise ValueError(f"{module}: targ has shape {tuple(targ.shape)}, expected {tuple(inp.shape[:-1])} for inp {tuple(inp.shape)}")
+    if targ.shape!=inp.shape[:-1]:
+        raise ValueError(f"{module}: targ has shape {tuple(targ.shape)}, expected {tuple(inp.shape[:-1])} for inp {tuple(inp.shape)}")
     if targ.device!=inp.device: raise ValueError(f"{module}: targ is on device {targ.device}, expected {inp.device}")
     if torch.compiler.is_compiling() or targ.is_cuda: return
     lo,hi = targ.aminmax()

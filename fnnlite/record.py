@@ -6,15 +6,11 @@
 __all__ = ['GradError', 'tensors', 'maptree', 'is_float', 'is_param', 'floats', 'const', 'wants', 'Tape', 'path', 'Call', 'grad',
            'Walk', 'Chain', 'origin']
 
-# %% ../nbs/00_record.ipynb #a6801397
+# %% ../nbs/00_record.ipynb #1a5ea008
 from inspect import signature
-import threading, weakref
 import torch
 from torch import nn, Tensor
 from torch.compiler import is_compiling
-from torch.nn.modules import module as torch_module
-from torch.utils.weak import WeakIdKeyDictionary
-from fastcore.meta import PrePostInitMeta
 
 # %% ../nbs/00_record.ipynb #6e2712e3
 class GradError(RuntimeError):

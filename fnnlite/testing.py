@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['test_near', 'check_grads', 'autograd_gap']
 
-# %% ../nbs/07_testing.ipynb #435edb14
+# %% ../nbs/07_testing.ipynb #f8a1c8d5
 from copy import deepcopy
 from inspect import signature
 import torch
-from torch import Tensor
-from .record import floats, grad, maptree, is_float, tensors
+from .record import floats, grad, is_float, maptree
 
 # %% ../nbs/07_testing.ipynb #d3c84bd4
 def test_near(

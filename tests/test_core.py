@@ -186,7 +186,7 @@ class Call(Module):
     def __init__(self, m, *args): self.m,self.more = m,args
     def forward(self, x): return self.m(x, *self.more)
 
-def test_keyword_arguments(): 
+def test_keyword_arguments():
     class Kw(Module):
         def __init__(self): self.a,self.add = Lin64(4, 4),Add()
         def forward(self, x, skip=None): return self.add(self.a(x), b=skip)
@@ -222,6 +222,20 @@ def test_identity_outputs():
     assert_grads(Id(), rand(3, 4))
     assert_grads(Sequential(), rand(3, 4))
     assert_grads(Sequential(Dropout(.5).eval(), Lin64(4, 2)), rand(3, 4))
+
+def test_one_tensor_returned_twice():
+    class Both(Module):
+        def forward(self, x):
+            y = x*2
+            return y,[y,x]
+        def bwd(self, out, x): x.g = out[0].g*2 + out[1][0].g*2 + out[1][1].g
+    class Net(Module):
+        def __init__(self): self.l,self.both,self.a,self.b,self.add = Lin64(4, 4),Both(),Lin64(4, 4),Tanh(),Add()
+        def forward(self, x):
+            y,(z,w) = self.both(self.l(x))
+            return self.add(self.add(self.a(y), self.b(z)), w)
+    assert_grads(Net(), rand(3, 4))
+    assert_grads(Both(), rand(3, 4))
 
 def test_shared_gradient_tensors_stay_apart():
     "`a.g = out.g; b.g = out.g` is safe, and a parameter's .g has memory of its own for what clips in place."
@@ -565,7 +579,8 @@ def raw_nested(m, x): return m.b(Sequential(m.act)(m.a(x))+1)
 @pytest.mark.parametrize('f', [raw_path, raw_side, raw_view, raw_first, raw_weight, raw_getitem, raw_detach, raw_nested], ids=lambda f: f.__name__)
 def test_raw_operation_is_refused(f):
     m = Model(Raw(f), Mse())
-    with pytest.raises(GradError, match=r"(Lin|Add|Sigmoid) \(layers\.\w+\).*argument '(inp|b)' of shape .* was made by a raw operation"): m(rand(4, 4), rand(4, 4))
+    msg = r"(Lin|Add|Sigmoid) \(layers\.\w+\).*argument '(inp|b)' of shape .* was made by a raw operation"
+    with pytest.raises(GradError, match=msg): m(rand(4, 4), rand(4, 4))
     assert m.out is None
     m.layers.f = lambda m,x: m.b(m.a(x)) # and nothing is left half-written
     assert_grads(m, rand(4, 4), rand(4, 4))

@@ -1,0 +1,269 @@
+"A whole training step (forward, backward, optimizer) as one graph, for every layer, loss and optimizer."
+import inspect
+import pytest, torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from fnnlite import layers, losses, optim
+from fnnlite.core import Module
+from fnnlite.layers import Add, Concat, Dropout, Flatten, Lin, Log, LogSoftmax, Matmul, Mul, Relu, Reshape, Sigmoid, Softmax, Tanh
+from fnnlite.losses import BCEWithLogits, CrossEntropy, Mse, NLL
+from fnnlite.model import Model, Sequential
+from fnnlite.optim import SGD, Adam, AdamW, RMSprop
+from fnnlite.record import const, grad
+from helpers import assert_grads, rand
+
+def Lin64(ni, nf): return Lin(ni, nf, dtype=torch.float64)
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# One case for each class: `assert_grads` and a compiled step. A new class needs a case here
+
+class TwoArgs(Module):
+    def __init__(self, layer): self.a,self.b,self.layer = Lin64(4, 4),Lin64(4, 4),layer
+    def forward(self, x): return self.layer(self.a(x), self.b(x))
+
+layer_cases = {Lin: lambda: Lin64(4, 4), Relu: lambda: Relu(.1, .2, 1.), Sigmoid: Sigmoid, Tanh: Tanh, Softmax: Softmax, LogSoftmax: LogSoftmax,
+    Log: lambda: Sequential(Sigmoid(), Log()), Matmul: lambda: TwoArgs(Matmul()), Add: lambda: TwoArgs(Add()), Mul: lambda: TwoArgs(Mul()),
+    Concat: lambda: Sequential(TwoArgs(Concat()), Lin64(8, 4)), Reshape: lambda: Sequential(Reshape(2, 8), Reshape(4, -1)),
+    Flatten: lambda: Sequential(Reshape(4, 2, 2), Flatten()), Dropout: Dropout}
+loss_cases = {Mse: (Mse, lambda: rand(4, 4)), CrossEntropy: (lambda: CrossEntropy(smoothing=.1), lambda: torch.randint(0, 4, (4,))),
+    NLL: (NLL, lambda: torch.randint(0, 4, (4,))), BCEWithLogits: (lambda: BCEWithLogits('sum'), lambda: rand(4, 4).sigmoid())}
+opt_cases = {SGD: [{}, dict(momentum=.9, nesterov=True, wd=.1)], RMSprop: [{}, dict(momentum=.9, wd=.1)], Adam: [dict(wd=.1)], AdamW: [{}]}
+module_cases = [*((c, make, Mse, lambda: rand(4, 4)) for c,make in layer_cases.items()), *((c, Tanh, *case) for c,case in loss_cases.items())]
+each_module = pytest.mark.parametrize('cls,layer,loss,targ', module_cases, ids=[c[0].__name__ for c in module_cases])
+
+def public(module, base): return {c for n in module.__all__ if inspect.isclass(c := getattr(module, n)) and issubclass(c, base)}
+
+def test_every_class_has_a_case():
+    assert public(layers, Module)==set(layer_cases) and public(losses, Module)-{losses.Loss}==set(loss_cases)
+    assert public(optim, torch.optim.Optimizer)-{optim.Optimizer}==set(opt_cases)
+    for cls,make,*_ in module_cases: # and it is in its case
+        if cls in layer_cases: assert any(type(m) is cls for m in make().modules())
+    assert all(type(make()) is cls for cls,(make,_) in loss_cases.items())
+
+@each_module
+def test_gradients(cls, layer, loss, targ): assert_grads(Model([Lin64(4, 4), layer()], loss()), rand(4, 4), targ())
+
+
+# The compiled step
+
+def step_of(m, opt):
+    def step(*args):
+        loss = m(*args)
+        m.backward()
+        opt.step()
+        opt.zero_grad()
+        return loss
+    return step
+
+def train(make, opt, batches, backend=None, step_of=step_of):
+    "Losses and weights after a step for each batch, and the number of graphs that were compiled."
+    torch.manual_seed(0)
+    m = make()
+    o = opt(m.parameters())
+    o.zero_grad() # as later steps find it, or the second step compiles once more
+    step,count = step_of(m, o),None
+    if backend:
+        count = CompileCounterWithBackend(backend)
+        step = torch.compile(step, fullgraph=True, backend=count)
+    torch.manual_seed(1)
+    res = [step(*[t.clone() for t in b]).clone() for b in batches]
+    assert all(grad(p) is None and p.grad is None for p in m.parameters())
+    return res,[p.detach().clone() for p in m.parameters()],count and count.frame_count
+
+def same(make, opt, batches, backend='aot_eager', graphs=1, **kw):
+    losses,ws,_ = train(make, opt, batches, **kw)
+    losses_c,ws_c,n = train(make, opt, batches, backend, **kw)
+    torch.testing.assert_close(losses_c, losses, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ws_c, ws, rtol=1e-10, atol=1e-12)
+    assert n==graphs
+    torch.manual_seed(0)
+    assert all(not torch.equal(p, w) for p,w in zip(make().parameters(), ws)) # all weights moved
+
+def sgd(ps): return SGD(ps, lr=.1)
+
+@each_module
+def test_layers_and_losses(cls, layer, loss, targ):
+    same(lambda: Model([Lin64(4, 4), layer()], loss()), sgd, [(rand(4, 4),targ()) for _ in range(3)])
+
+@pytest.mark.parametrize('cls,kw', [(c,kw) for c,kws in opt_cases.items() for kw in kws], ids=lambda o: ','.join(o) if isinstance(o, dict) else o.__name__)
+def test_optimizers(cls, kw): same(lambda: Model([Lin64(4, 3), Tanh()], Mse()), lambda ps: cls(ps, lr=.03, **kw), [(rand(5, 4),rand(5, 3)) for _ in range(4)])
+
+@pytest.mark.filterwarnings('ignore:`torch.jit:DeprecationWarning') # torch's own, as it imports inductor
+@pytest.mark.parametrize('opt,loss,targ', [(lambda ps: SGD(ps, lr=.1, momentum=.9), Mse, lambda: rand(6, 3)),
+    (lambda ps: AdamW(ps, lr=.01), CrossEntropy, lambda: torch.randint(0, 3, (6,)))], ids=['SGD','AdamW'])
+def test_inductor(opt, loss, targ):
+    same(lambda: Model([Lin64(4, 5), Relu(), Lin64(5, 3)], loss()), opt, [(rand(6, 4),targ()) for _ in range(4)], 'inductor')
+
+class Loop(Module):
+    "One layer several times, in a Python loop."
+    def __init__(self, n=3): self.l,self.act,self.add,self.n = Lin64(4, 4),Tanh(),Add(),n
+    def forward(self, x):
+        for _ in range(self.n): x = self.add(x, self.act(self.l(x)))
+        return x
+
+def test_shared_layers():
+    "One layer many times, one weight in two layers, as an argument, and in a list of blocks."
+    class Tied(Module):
+        def __init__(self):
+            self.a = Lin64(4, 4)
+            self.b,self.mm,self.blocks = Lin(self.a.w, self.a.b),Matmul(),[Loop(2),Loop(1)]
+        def forward(self, x):
+            x = self.mm(self.b(self.a(x)), self.a.w)
+            for b in self.blocks: x = b(x)
+            return x
+    same(lambda: Model(Tied(), Mse()), sgd, [(rand(3, 4),rand(3, 4)) for _ in range(3)])
+
+def test_loop_that_changes_its_length():
+    "A graph for each length, and every step right."
+    def by_length(m, opt):
+        step = step_of(m, opt)
+        def with_length(x, y, n):
+            m.layers.n = n.shape[0]
+            return step(x, y)
+        return with_length
+    batches = [(rand(3, 4),rand(3, 4),torch.zeros(n)) for n in (2,3,2,3,2)]
+    losses,ws,_ = train(lambda: Model(Loop(), Mse()), sgd, batches, step_of=by_length)
+    with torch._dynamo.config.patch(assume_static_by_default=True, automatic_dynamic_shapes=False):
+        losses_c,ws_c,n = train(lambda: Model(Loop(), Mse()), sgd, batches, 'aot_eager', step_of=by_length)
+    torch.testing.assert_close(losses_c+ws_c, losses+ws, rtol=1e-10, atol=1e-12)
+    assert n==2
+
+def test_gradient_accumulation():
+    "Two micro-batches in one graph."
+    def accumulating(m, opt):
+        def step(x, y):
+            losses = []
+            for xb,yb in zip(x.chunk(2), y.chunk(2)):
+                losses.append(m(xb, yb))
+                m.backward(torch.full_like(losses[-1], .5))
+            opt.step()
+            opt.zero_grad()
+            return (losses[0]+losses[1])/2
+        return step
+    batches = [(rand(6, 4),rand(6, 3)) for _ in range(3)]
+    make = lambda: Model([Lin64(4, 5), Tanh(), Lin64(5, 3)], Mse())
+    same(make, sgd, batches, step_of=accumulating)
+    whole,parts = train(make, sgd, batches),train(make, sgd, batches, 'aot_eager', step_of=accumulating)
+    torch.testing.assert_close(parts[:2], whole[:2])
+
+def test_gradient_accumulation_over_steps():
+    "Backward in one graph, the update in another."
+    def make(compiled):
+        torch.manual_seed(0)
+        m = Model([Lin64(4, 5), Tanh(), Lin64(5, 3)], Mse())
+        opt = SGD(m.parameters(), lr=.1, momentum=.9)
+        def back(x, y):
+            m(x, y)
+            m.backward()
+        def update():
+            opt.step()
+            opt.zero_grad()
+        if compiled: back,update = [torch.compile(f, fullgraph=True, backend='aot_eager') for f in (back,update)]
+        torch.manual_seed(1)
+        for i in range(6):
+            back(rand(3, 4), rand(3, 3))
+            assert all(p.g is p.grad is not None for p in m.parameters())
+            if i%2: update()
+        return list(m.parameters())
+    torch.testing.assert_close(make(True), make(False), rtol=1e-10, atol=1e-12)
+
+def test_constant_batch_and_frozen_layers():
+    def const_step(m, opt):
+        step = step_of(m, opt)
+        return lambda x,y: step(const(x), const(y))
+    def frozen():
+        m = Model([Lin64(4, 4), Tanh(), Lin64(4, 3)], Mse())
+        m.layers[0].freeze()
+        return m
+    batches = [(rand(3, 4),rand(3, 3)) for _ in range(3)]
+    make = lambda: Model([Lin64(4, 4), Dropout(.3), Lin64(4, 3)], Mse())
+    same(make, sgd, batches, step_of=const_step)
+    eager,compiled = train(frozen, sgd, batches),train(frozen, sgd, batches, 'aot_eager')
+    torch.testing.assert_close(compiled[:2], eager[:2], rtol=1e-10, atol=1e-12)
+    torch.manual_seed(0)
+    assert torch.equal(compiled[1][0], frozen().layers[0].w)
+
+
+# Not compiled again
+
+@pytest.mark.parametrize('opt', [lambda ps: SGD(ps, lr=.1, momentum=.9), lambda ps: Adam(ps, lr=.1)], ids=['SGD','Adam'])
+def test_learning_rate_does_not_recompile(opt):
+    "Neither does one set by hand, nor one from a scheduler of torch's; and it has its effect."
+    def run(backend=None):
+        torch.manual_seed(0)
+        m = Model([Lin64(4, 3)], Mse())
+        o = opt(m.parameters())
+        sched = torch.optim.lr_scheduler.ExponentialLR(o, .9)
+        step,count,n = step_of(m, o),CompileCounterWithBackend('aot_eager'),[]
+        if backend: step = torch.compile(step, fullgraph=True, backend=count)
+        torch.manual_seed(1)
+        for i in range(8):
+            if i==4: o.lr = .05
+            if i>5: sched.step()
+            step(rand(5, 4), rand(5, 3))
+            n.append(count.frame_count)
+        return list(m.parameters()),n
+    (ps,_),(qs,n) = run(),run('aot_eager')
+    torch.testing.assert_close(qs, ps, rtol=1e-10, atol=1e-12)
+    assert n[2:]==n[2:3]*6 and n[0]>0 # the first two steps are the warm-up: the weights have no .g at all in the first
+
+def test_new_batches_do_not_recompile():
+    "Other tensors, a validation in between, the other batch for the second time."
+    m = Model([Lin64(4, 3), Dropout(0.)], Mse())
+    opt = sgd(m.parameters())
+    count = CompileCounterWithBackend('aot_eager')
+    step = torch.compile(step_of(m, opt), fullgraph=True, backend=count)
+    batches = [(rand(5, 4),rand(5, 3)) for _ in range(3)]
+    for b in batches+batches: step(*b)
+    warm = count.frame_count
+    for b in batches*2+[(rand(5, 4),rand(5, 3))]:
+        step(*b)
+        m.predict(rand(2, 4))
+    assert count.frame_count==warm
+
+
+# What is an error uncompiled is one compiled, too
+
+class Raw(Module):
+    def __init__(self, f): self.a,self.b,self.act,self.f = Lin64(4, 4),Lin64(4, 4),Sigmoid(),f
+    def forward(self, x): return self.f(self, x)
+
+def raw_path(m, x): return m.b(m.a(x)*2)
+def raw_view(m, x): return m.b(m.a(x).view(2, -1, 4))
+def raw_output(m, x): return m.b(m.a(x))*2
+def in_place_between(m, x): return m.b(m.act(m.a(x)).mul_(2))
+def in_place_out(m, x):
+    h = m.act(m.a(x))
+    o = m.b(h)
+    h.add_(1)
+    return o
+def in_place_weight(m, x):
+    o = m.b(m.a(x))
+    m.b.w.mul_(2)
+    return o
+def in_place_input(m, x):
+    o = m.b(m.a(x))
+    x.mul_(2)
+    return o
+
+@pytest.mark.parametrize('f', [raw_path, raw_view, raw_output, in_place_between, in_place_out, in_place_weight, in_place_input], ids=lambda f: f.__name__)
+def test_refused(f):
+    "Under `fullgraph` torch hides the text of our GradError; that it is one shows in the cause."
+    def run(f):
+        m = Model(Raw(f), Mse())
+        opt = sgd(m.parameters())
+        torch.compile(step_of(m, opt), fullgraph=True, backend='aot_eager')(rand(4, 4), rand(4, 4))
+    with pytest.raises(RuntimeError) as e: run(f)
+    assert 'GradError' in type(e.value.__cause__).__name__ or 'a tensor was changed in place after it was recorded' in str(e.value)
+    torch._dynamo.reset()
+    run(lambda m,x: m.b(m.act(m.a(x)))) # the same step without it
+
+def test_wrong_shape_is_refused():
+    m = Model([Lin64(4, 3)], Mse())
+    with pytest.raises(RuntimeError): torch.compile(step_of(m, sgd(m.parameters())), fullgraph=True, backend='aot_eager')(rand(5, 4), rand(5))

@@ -1,0 +1,42 @@
+"The notebooks are tests: each runs from top to bottom, and the package is what they export."
+import os, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+
+root = Path(__file__).parent.parent
+notebooks = sorted(p.relative_to(root) for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+
+def run(module, *args, cwd=root):
+    "A command of nbdev, in this interpreter's environment."
+    code = f"from nbdev.{module[0]} import {module[1]}; {module[1]}()"
+    env = {**os.environ, 'MPLBACKEND':'agg', 'IN_TEST':''}
+    p = subprocess.run([sys.executable, '-c', code, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
+    assert p.returncode==0, p.stdout+p.stderr
+    return p.stdout
+
+@pytest.mark.parametrize('nb', notebooks, ids=str)
+def test_notebook_runs(nb): assert 'Success' in run(('test','nbdev_test'), nb)
+
+def exported(folder):
+    "The package's files by name, without the one module that is written by hand."
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*.py') if p.name!='__init__.py'}
+
+def test_package_is_what_the_notebooks_export(tmp_path):
+    "A fresh export into an empty package gives the same files: nothing edited by hand, nothing left of a deleted notebook."
+    for o in ('nbs','pyproject.toml','README.md'):
+        (shutil.copytree if (root/o).is_dir() else shutil.copy)(root/o, tmp_path/o)
+    (tmp_path/'fnnlite').mkdir()
+    shutil.copy(root/'fnnlite'/'__init__.py', tmp_path/'fnnlite')
+    run(('doclinks','nbdev_export'), cwd=tmp_path)
+    ours,fresh = exported(root/'fnnlite'),exported(tmp_path/'fnnlite')
+    assert sorted(ours)==sorted(fresh)
+    for name,text in fresh.items(): assert ours[name]==text, f"fnnlite/{name} is not what its notebook exports: run nbdev-export"
+
+def test_notebooks_are_clean(tmp_path):
+    "Without execution counts and machine metadata, as nbdev-clean leaves them."
+    for nb in notebooks:
+        (tmp_path/nb).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root/nb, tmp_path/nb)
+    shutil.copy(root/'pyproject.toml', tmp_path)
+    run(('clean','nbdev_clean'), cwd=tmp_path)
+    for nb in notebooks: assert (tmp_path/nb).read_text()==(root/nb).read_text(), f"{nb} is not clean: run nbdev-clean"
