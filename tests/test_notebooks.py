@@ -1,7 +1,6 @@
 "The notebooks are tests: each runs from top to bottom, and the package is what they export."
-import os, shutil, subprocess, sys
+import importlib.util, os, shutil, subprocess, sys
 from pathlib import Path
-import pytest
 
 root = Path(__file__).parent.parent
 notebooks = sorted(p.relative_to(root) for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
@@ -14,8 +13,7 @@ def run(module, *args, cwd=root):
     assert p.returncode==0, p.stdout+p.stderr
     return p.stdout
 
-@pytest.mark.parametrize('nb', notebooks, ids=str)
-def test_notebook_runs(nb): assert 'Success' in run(('test','nbdev_test'), nb)
+def test_notebooks_run(): assert 'Success' in run(('test','nbdev_test'), '--n-workers', 2)
 
 def exported(folder):
     "The package's files by name, without the one module that is written by hand."
@@ -40,3 +38,9 @@ def test_notebooks_are_clean(tmp_path):
     shutil.copy(root/'pyproject.toml', tmp_path)
     run(('clean','nbdev_clean'), cwd=tmp_path)
     for nb in notebooks: assert (tmp_path/nb).read_text()==(root/nb).read_text(), f"{nb} is not clean: run nbdev-clean"
+
+def test_readme_is_made_from_index():
+    from fastcore.nbio import read_nb
+    spec = importlib.util.spec_from_file_location('make_readme', root/'scripts'/'make_readme.py')
+    spec.loader.exec_module(make_readme := importlib.util.module_from_spec(spec))
+    assert make_readme.readme(read_nb(root/'nbs'/'index.ipynb'))==(root/'README.md').read_text(encoding='utf-8'), "run scripts/make_readme.py"
