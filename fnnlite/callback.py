@@ -106,14 +106,14 @@ class StopAtNonFiniteValid(Callback):
         loss = self.history[-1].get('valid_loss')
         if loss is not None and not math.isfinite(loss): raise NonFiniteError(f"epoch {self.epoch}: the validation loss is {loss}")
 
-# %% ../nbs/11_callback.ipynb #ce7c609d
+# %% ../nbs/11_callback.ipynb #ff0ef1a1
 class Progress(Callback):
     "A progress bar over the batches of the fit, where someone is watching, and a line of the table for each epoch"
     order = 10
     def before_fit(self):
-        from fastcore.imports import in_ipython, ipython_shell
+        from fastcore.imports import ipython_shell
         from tqdm.auto import tqdm
-        kernel = getattr(ipython_shell(), 'kernel', None) if in_ipython() else None
+        kernel = getattr(ipython_shell(), 'kernel', None)
         self.bar = tqdm(total=(self.n_epoch-self.epoch)*len(self.dls.train), leave=False, disable=None if kernel is None else False)
         for i,row in enumerate(self.history[:self.epoch]): self.write(i, row)
 
