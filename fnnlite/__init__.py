@@ -2,12 +2,17 @@
 
 __version__ = "0.1.0"
 
+from importlib import import_module
 from .record import GradError, const, wants
 from .core import Module
-from .layers import *
+from .layers import Add, Concat, Dropout, Flatten, Lin, Log, LogSoftmax, Matmul, Mul, Relu, Reshape, Sigmoid, Softmax, Tanh
 from .losses import BCEWithLogits, CrossEntropy, Mse, NLL
 from .model import Model, Sequential
 from .optim import SGD, Adam, AdamW, RMSprop
 from .testing import check_grads, test_near
-from .data import DataLoaders, load_mnist
-from .learner import Learner, accuracy
+
+_when_used = {'DataLoaders':'data', 'load_mnist':'data', 'Learner':'learner', 'accuracy':'learner'}
+
+def __getattr__(name):
+    if name not in _when_used: raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(import_module('.'+_when_used[name], __name__), name)

@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 from .core import zero_grad
 
-# %% ../nbs/09_optim.ipynb #a45c55bc
-def _decayed(ps, gs, wd): return torch._foreach_add(gs, ps, alpha=wd) if wd else gs
+# %% ../nbs/09_optim.ipynb #e0aef1b6
+def _decayed(ps, gs, weight_decay): return torch._foreach_add(gs, ps, alpha=weight_decay) if weight_decay else gs
 
-def sgd_step(ps, gs, vs, lr, momentum=0., nesterov=False, wd=0.):
+def sgd_step(ps, gs, vs, lr, momentum=0., nesterov=False, weight_decay=0.):
     "p -= lr·v, with v = momentum·v + g; `vs` is read only with momentum"
-    gs = _decayed(ps, gs, wd)
+    gs = _decayed(ps, gs, weight_decay)
     if momentum:
         torch._foreach_mul_(vs, momentum)
         torch._foreach_add_(vs, gs)
         gs = torch._foreach_add(gs, vs, alpha=momentum) if nesterov else vs
     torch._foreach_sub_(ps, torch._foreach_mul(gs, lr))
 
-# %% ../nbs/09_optim.ipynb #c30b3661
-def rmsprop_step(ps, gs, sqrs, vs, lr, alpha=.99, eps=1e-8, momentum=0., wd=0.):
+# %% ../nbs/09_optim.ipynb #ad4e325e
+def rmsprop_step(ps, gs, sqrs, vs, lr, alpha=.99, eps=1e-8, momentum=0., weight_decay=0.):
     "p -= lr·g/(√s+eps), with s a running mean of g²; with momentum, a running sum of such steps"
-    gs = _decayed(ps, gs, wd)
+    gs = _decayed(ps, gs, weight_decay)
     torch._foreach_mul_(sqrs, alpha)
     torch._foreach_addcmul_(sqrs, gs, gs, value=1-alpha)
     rms = torch._foreach_sqrt(sqrs)
@@ -37,12 +37,12 @@ def rmsprop_step(ps, gs, sqrs, vs, lr, alpha=.99, eps=1e-8, momentum=0., wd=0.):
         steps = vs
     torch._foreach_sub_(ps, torch._foreach_mul(steps, lr))
 
-# %% ../nbs/09_optim.ipynb #64898ed5
-def adam_step(ps, gs, avgs, sqrs, steps, lr, betas=(.9,.999), eps=1e-8, wd=0., decoupled=False):
+# %% ../nbs/09_optim.ipynb #58c8eb11
+def adam_step(ps, gs, avgs, sqrs, steps, lr, betas=(.9,.999), eps=1e-8, weight_decay=0., decoupled=False):
     "p -= lr·m/(√s+eps), with m and s running means of g and g², both corrected for their start at zero; `decoupled`: AdamW"
     beta1,beta2 = betas
-    if decoupled and wd: torch._foreach_mul_(ps, 1-lr*wd)
-    else: gs = _decayed(ps, gs, wd)
+    if decoupled and weight_decay: torch._foreach_mul_(ps, 1-lr*weight_decay)
+    else: gs = _decayed(ps, gs, weight_decay)
     torch._foreach_add_(steps, 1)
     torch._foreach_lerp_(avgs, gs, 1-beta1)
     torch._foreach_mul_(sqrs, beta2)
@@ -95,31 +95,31 @@ class Optimizer(torch.optim.Optimizer):
         "Clear the gradients of all parameters"
         for group in self.param_groups: zero_grad(group['params'])
 
-# %% ../nbs/09_optim.ipynb #2e0c4ac1
+# %% ../nbs/09_optim.ipynb #00d589fd
 class SGD(Optimizer):
     "Stochastic gradient descent"
     memory = ('momentum_buffer',)
-    def __init__(self, params, lr=1e-3, momentum:float=0., nesterov:bool=False, wd:float=0.):
+    def __init__(self, params, lr=1e-3, momentum:float=0., nesterov:bool=False, weight_decay:float=0.):
         if nesterov and not momentum: raise ValueError("SGD: nesterov needs a momentum above 0")
-        super().__init__(params, lr=lr, momentum=momentum, nesterov=nesterov, wd=wd)
-    def update(self, ps, gs, memory, o): sgd_step(ps, gs, *memory, o['lr'], o['momentum'], o['nesterov'], o['wd'])
+        super().__init__(params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+    def update(self, ps, gs, memory, o): sgd_step(ps, gs, *memory, o['lr'], o['momentum'], o['nesterov'], o['weight_decay'])
 
 class RMSprop(Optimizer):
     "Gradients divided by their running root mean square"
     memory = ('square_avg','momentum_buffer')
-    def __init__(self, params, lr=1e-2, alpha:float=.99, eps:float=1e-8, momentum:float=0., wd:float=0.):
-        super().__init__(params, lr=lr, alpha=alpha, eps=eps, momentum=momentum, wd=wd)
-    def update(self, ps, gs, memory, o): rmsprop_step(ps, gs, *memory, o['lr'], o['alpha'], o['eps'], o['momentum'], o['wd'])
+    def __init__(self, params, lr=1e-2, alpha:float=.99, eps:float=1e-8, momentum:float=0., weight_decay:float=0.):
+        super().__init__(params, lr=lr, alpha=alpha, eps=eps, momentum=momentum, weight_decay=weight_decay)
+    def update(self, ps, gs, memory, o): rmsprop_step(ps, gs, *memory, o['lr'], o['alpha'], o['eps'], o['momentum'], o['weight_decay'])
 
 class Adam(Optimizer):
     "Running means of the gradient and its square"
     memory,decoupled = ('exp_avg','exp_avg_sq','step'),False
-    def __init__(self, params, lr=1e-3, betas:tuple=(.9,.999), eps:float=1e-8, wd:float=0.):
-        super().__init__(params, lr=lr, betas=betas, eps=eps, wd=wd)
-    def update(self, ps, gs, memory, o): adam_step(ps, gs, *memory, o['lr'], o['betas'], o['eps'], o['wd'], self.decoupled)
+    def __init__(self, params, lr=1e-3, betas:tuple=(.9,.999), eps:float=1e-8, weight_decay:float=0.):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    def update(self, ps, gs, memory, o): adam_step(ps, gs, *memory, o['lr'], o['betas'], o['eps'], o['weight_decay'], self.decoupled)
 
 class AdamW(Adam):
     "Adam with decoupled weight decay"
     decoupled = True
-    def __init__(self, params, lr=1e-3, betas:tuple=(.9,.999), eps:float=1e-8, wd:float=1e-2):
-        super().__init__(params, lr, betas, eps, wd)
+    def __init__(self, params, lr=1e-3, betas:tuple=(.9,.999), eps:float=1e-8, weight_decay:float=1e-2):
+        super().__init__(params, lr, betas, eps, weight_decay)

@@ -1,7 +1,6 @@
 "A whole training step (forward, backward, optimizer) as one graph, for every layer, loss and optimizer."
 import inspect
 import pytest, torch
-from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from fnnlite import layers, losses, optim
 from fnnlite.core import Module
@@ -33,7 +32,7 @@ layer_cases = {Lin: lambda: Lin64(4, 4), Relu: lambda: Relu(.1, .2, 1.), Sigmoid
     Flatten: lambda: Sequential(Reshape(4, 2, 2), Flatten()), Dropout: Dropout}
 loss_cases = {Mse: (Mse, lambda: rand(4, 4)), CrossEntropy: (lambda: CrossEntropy(smoothing=.1), lambda: torch.randint(0, 4, (4,))),
     NLL: (NLL, lambda: torch.randint(0, 4, (4,))), BCEWithLogits: (lambda: BCEWithLogits('sum'), lambda: rand(4, 4).sigmoid())}
-opt_cases = {SGD: [{}, dict(momentum=.9, nesterov=True, wd=.1)], RMSprop: [{}, dict(momentum=.9, wd=.1)], Adam: [dict(wd=.1)], AdamW: [{}]}
+opt_cases = {SGD: dict(momentum=.9, nesterov=True, weight_decay=.1), RMSprop: dict(momentum=.9, weight_decay=.1), Adam: dict(weight_decay=.1), AdamW: {}}
 module_cases = [*((c, make, Mse, lambda: rand(4, 4)) for c,make in layer_cases.items()), *((c, Tanh, *case) for c,case in loss_cases.items())]
 each_module = pytest.mark.parametrize('cls,layer,loss,targ', module_cases, ids=[c[0].__name__ for c in module_cases])
 
@@ -76,23 +75,45 @@ def train(make, opt, batches, backend=None, step_of=step_of):
     assert all(grad(p) is None and p.grad is None for p in m.parameters())
     return res,[p.detach().clone() for p in m.parameters()],count and count.frame_count
 
-def same(make, opt, batches, backend='aot_eager', graphs=1, **kw):
+def same(make, opt, batches, backend='eager', **kw):
+    "Compiled as not compiled. The backend 'eager' runs the one graph as it was traced; 'aot_eager' also as functions without in-place changes."
     losses,ws,_ = train(make, opt, batches, **kw)
     losses_c,ws_c,n = train(make, opt, batches, backend, **kw)
     torch.testing.assert_close(losses_c, losses, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(ws_c, ws, rtol=1e-10, atol=1e-12)
-    assert n==graphs
+    assert backend!='eager' or n==1 # aot_eager traces twice, for the learning rate
     torch.manual_seed(0)
     assert all(not torch.equal(p, w) for p,w in zip(make().parameters(), ws)) # all weights moved
 
 def sgd(ps): return SGD(ps, lr=.1)
 
-@each_module
-def test_layers_and_losses(cls, layer, loss, targ):
-    same(lambda: Model([Lin64(4, 4), layer()], loss()), sgd, [(rand(4, 4),targ()) for _ in range(3)])
+class Side(Module):
+    "All layers side by side on one input, so that each reaches the loss and the weight at full strength."
+    def __init__(self): self.l,self.cat,self.layers = Lin64(4, 4),Concat(),[make() for make in layer_cases.values()]
+    def forward(self, x):
+        x = self.l(x)
+        return self.cat(*[l(x) for l in self.layers])
 
-@pytest.mark.parametrize('cls,kw', [(c,kw) for c,kws in opt_cases.items() for kw in kws], ids=lambda o: ','.join(o) if isinstance(o, dict) else o.__name__)
-def test_optimizers(cls, kw): same(lambda: Model([Lin64(4, 3), Tanh()], Mse()), lambda ps: cls(ps, lr=.03, **kw), [(rand(5, 4),rand(5, 3)) for _ in range(4)])
+def test_layers():
+    "With the update by hand: half the time to compile."
+    def by_hand(m, opt):
+        def step(x, y):
+            loss = m(x, y)
+            m.backward()
+            for p in m.parameters(): p.sub_(.1*p.g)
+            m.zero_grad()
+            return loss
+        return step
+    same(lambda: Model(Side(), Mse('sum')), sgd, [(rand(4, 4),rand(4, 4*len(layer_cases))) for _ in range(3)], 'aot_eager', step_of=by_hand)
+
+@pytest.mark.parametrize('cls', loss_cases, ids=lambda c: c.__name__)
+def test_losses(cls):
+    make,targ = loss_cases[cls]
+    same(lambda: Model([Lin64(4, 4)], make()), sgd, [(rand(4, 4),targ()) for _ in range(3)], 'aot_eager')
+
+@pytest.mark.parametrize('cls', opt_cases, ids=lambda c: c.__name__)
+def test_optimizers(cls):
+    same(lambda: Model([Lin64(4, 3)], Mse()), lambda ps: cls(ps, lr=.03, **opt_cases[cls]), [(rand(5, 4),rand(5, 3)) for _ in range(4)], 'aot_eager')
 
 @pytest.mark.filterwarnings('ignore:`torch.jit:DeprecationWarning') # torch's own, as it imports inductor
 @pytest.mark.parametrize('opt,loss,targ', [(lambda ps: SGD(ps, lr=.1, momentum=.9), Mse, lambda: rand(6, 3)),
@@ -108,15 +129,13 @@ class Loop(Module):
         return x
 
 def test_shared_layers():
-    "One layer many times, one weight in two layers, as an argument, and in a list of blocks."
+    "One layer many times, one weight in two layers, and as an argument."
     class Tied(Module):
         def __init__(self):
             self.a = Lin64(4, 4)
-            self.b,self.mm,self.blocks = Lin(self.a.w, self.a.b),Matmul(),[Loop(2),Loop(1)]
+            self.b,self.mm,self.loop = Lin(self.a.w, self.a.b),Matmul(),Loop(2)
         def forward(self, x):
-            x = self.mm(self.b(self.a(x)), self.a.w)
-            for b in self.blocks: x = b(x)
-            return x
+            return self.loop(self.mm(self.b(self.a(x)), self.a.w))
     same(lambda: Model(Tied(), Mse()), sgd, [(rand(3, 4),rand(3, 4)) for _ in range(3)])
 
 def test_loop_that_changes_its_length():
@@ -127,10 +146,10 @@ def test_loop_that_changes_its_length():
             m.layers.n = n.shape[0]
             return step(x, y)
         return with_length
-    batches = [(rand(3, 4),rand(3, 4),torch.zeros(n)) for n in (2,3,2,3,2)]
+    batches = [(rand(3, 4),rand(3, 4),torch.zeros(n)) for n in (1,2,1,2)]
     losses,ws,_ = train(lambda: Model(Loop(), Mse()), sgd, batches, step_of=by_length)
     with torch._dynamo.config.patch(assume_static_by_default=True, automatic_dynamic_shapes=False):
-        losses_c,ws_c,n = train(lambda: Model(Loop(), Mse()), sgd, batches, 'aot_eager', step_of=by_length)
+        losses_c,ws_c,n = train(lambda: Model(Loop(), Mse()), sgd, batches, 'eager', step_of=by_length)
     torch.testing.assert_close(losses_c+ws_c, losses+ws, rtol=1e-10, atol=1e-12)
     assert n==2
 
@@ -139,8 +158,8 @@ def test_gradient_accumulation():
     def accumulating(m, opt):
         def step(x, y):
             losses = []
-            for xb,yb in zip(x.chunk(2), y.chunk(2)):
-                losses.append(m(xb, yb))
+            for i in (0,3):
+                losses.append(m(x[i:i+3], y[i:i+3]))
                 m.backward(torch.full_like(losses[-1], .5))
             opt.step()
             opt.zero_grad()
@@ -148,23 +167,22 @@ def test_gradient_accumulation():
         return step
     batches = [(rand(6, 4),rand(6, 3)) for _ in range(3)]
     make = lambda: Model([Lin64(4, 5), Tanh(), Lin64(5, 3)], Mse())
-    same(make, sgd, batches, step_of=accumulating)
-    whole,parts = train(make, sgd, batches),train(make, sgd, batches, 'aot_eager', step_of=accumulating)
-    torch.testing.assert_close(parts[:2], whole[:2])
+    torch.testing.assert_close(train(make, sgd, batches, 'eager', step_of=accumulating)[:2], train(make, sgd, batches)[:2])
 
 def test_gradient_accumulation_over_steps():
     "Backward in one graph, the update in another."
     def make(compiled):
         torch.manual_seed(0)
-        m = Model([Lin64(4, 5), Tanh(), Lin64(5, 3)], Mse())
+        m = Model([Lin64(4, 3)], Mse())
         opt = SGD(m.parameters(), lr=.1, momentum=.9)
+        opt.zero_grad()
         def back(x, y):
             m(x, y)
             m.backward()
         def update():
             opt.step()
             opt.zero_grad()
-        if compiled: back,update = [torch.compile(f, fullgraph=True, backend='aot_eager') for f in (back,update)]
+        if compiled: back,update = [torch.compile(f, fullgraph=True, backend='eager') for f in (back,update)]
         torch.manual_seed(1)
         for i in range(6):
             back(rand(3, 4), rand(3, 3))
@@ -182,9 +200,8 @@ def test_constant_batch_and_frozen_layers():
         m.layers[0].freeze()
         return m
     batches = [(rand(3, 4),rand(3, 3)) for _ in range(3)]
-    make = lambda: Model([Lin64(4, 4), Dropout(.3), Lin64(4, 3)], Mse())
-    same(make, sgd, batches, step_of=const_step)
-    eager,compiled = train(frozen, sgd, batches),train(frozen, sgd, batches, 'aot_eager')
+    same(lambda: Model([Dropout(.3), Lin64(4, 3)], Mse()), sgd, batches, step_of=const_step)
+    eager,compiled = train(frozen, sgd, batches),train(frozen, sgd, batches, 'eager')
     torch.testing.assert_close(compiled[:2], eager[:2], rtol=1e-10, atol=1e-12)
     torch.manual_seed(0)
     assert torch.equal(compiled[1][0], frozen().layers[0].w)
@@ -192,40 +209,27 @@ def test_constant_batch_and_frozen_layers():
 
 # Not compiled again
 
-@pytest.mark.parametrize('opt', [lambda ps: SGD(ps, lr=.1, momentum=.9), lambda ps: Adam(ps, lr=.1)], ids=['SGD','Adam'])
-def test_learning_rate_does_not_recompile(opt):
-    "Neither does one set by hand, nor one from a scheduler of torch's; and it has its effect."
-    def run(backend=None):
+def test_learning_rate_and_batches_do_not_recompile():
+    "Other rates, new batches and old ones, predictions in between; and the weights are those of the eager steps."
+    batches = [(rand(5, 4),rand(5, 3)) for _ in range(2)]
+    def run(compiled=False):
         torch.manual_seed(0)
         m = Model([Lin64(4, 3)], Mse())
-        o = opt(m.parameters())
-        sched = torch.optim.lr_scheduler.ExponentialLR(o, .9)
-        step,count,n = step_of(m, o),CompileCounterWithBackend('aot_eager'),[]
-        if backend: step = torch.compile(step, fullgraph=True, backend=count)
+        o,count,n = Adam(m.parameters(), lr=.1),CompileCounterWithBackend('eager'),[]
+        step = step_of(m, o)
+        if compiled: step = torch.compile(step, fullgraph=True, backend=count)
         torch.manual_seed(1)
-        for i in range(8):
-            if i==4: o.lr = .05
-            if i>5: sched.step()
-            step(rand(5, 4), rand(5, 3))
+        own = [[t.clone() for t in b] for b in batches]
+        for b in own*2: step(*b) # the first time, neither weights nor batches have a .g
+        for i in range(1, 8):
             n.append(count.frame_count)
-        return list(m.parameters()),n
-    (ps,_),(qs,n) = run(),run('aot_eager')
+            o.lr = .1/i
+            step(*(own[i%2] if i<4 else (rand(5, 4),rand(5, 3))))
+            m.predict(rand(2, 4))
+        return list(m.parameters()),n+[count.frame_count]
+    (ps,_),(qs,n) = run(),run(True)
     torch.testing.assert_close(qs, ps, rtol=1e-10, atol=1e-12)
-    assert n[2:]==n[2:3]*6 and n[0]>0 # the first two steps are the warm-up: the weights have no .g at all in the first
-
-def test_new_batches_do_not_recompile():
-    "Other tensors, a validation in between, the other batch for the second time."
-    m = Model([Lin64(4, 3), Dropout(0.)], Mse())
-    opt = sgd(m.parameters())
-    count = CompileCounterWithBackend('aot_eager')
-    step = torch.compile(step_of(m, opt), fullgraph=True, backend=count)
-    batches = [(rand(5, 4),rand(5, 3)) for _ in range(3)]
-    for b in batches+batches: step(*b)
-    warm = count.frame_count
-    for b in batches*2+[(rand(5, 4),rand(5, 3))]:
-        step(*b)
-        m.predict(rand(2, 4))
-    assert count.frame_count==warm
+    assert n[0]>0 and n==n[:1]*8
 
 
 # What is an error uncompiled is one compiled, too
@@ -235,8 +239,8 @@ class Raw(Module):
     def forward(self, x): return self.f(self, x)
 
 def raw_path(m, x): return m.b(m.a(x)*2)
-def raw_view(m, x): return m.b(m.a(x).view(2, -1, 4))
 def raw_output(m, x): return m.b(m.a(x))*2
+def right(m, x): return m.b(m.act(m.a(x)))
 def in_place_between(m, x): return m.b(m.act(m.a(x)).mul_(2))
 def in_place_out(m, x):
     h = m.act(m.a(x))
@@ -247,23 +251,17 @@ def in_place_weight(m, x):
     o = m.b(m.a(x))
     m.b.w.mul_(2)
     return o
-def in_place_input(m, x):
-    o = m.b(m.a(x))
-    x.mul_(2)
-    return o
 
-@pytest.mark.parametrize('f', [raw_path, raw_view, raw_output, in_place_between, in_place_out, in_place_weight, in_place_input], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('f', [raw_path, raw_output, in_place_between, in_place_out, in_place_weight], ids=lambda f: f.__name__)
 def test_refused(f):
     "Under `fullgraph` torch hides the text of our GradError; that it is one shows in the cause."
-    def run(f):
-        m = Model(Raw(f), Mse())
-        opt = sgd(m.parameters())
-        torch.compile(step_of(m, opt), fullgraph=True, backend='aot_eager')(rand(4, 4), rand(4, 4))
-    with pytest.raises(RuntimeError) as e: run(f)
+    m = Model(Raw(f), Mse())
+    step = torch.compile(step_of(m, sgd(m.parameters())), fullgraph=True, backend='aot_eager')
+    with pytest.raises(RuntimeError) as e: step(rand(4, 4), rand(4, 4))
     assert 'GradError' in type(e.value.__cause__).__name__ or 'a tensor was changed in place after it was recorded' in str(e.value)
-    torch._dynamo.reset()
-    run(lambda m,x: m.b(m.act(m.a(x)))) # the same step without it
+
+def test_right_is_not_refused(): same(lambda: Model(Raw(right), Mse()), sgd, [(rand(4, 4),rand(4, 4))])
 
 def test_wrong_shape_is_refused():
     m = Model([Lin64(4, 3)], Mse())
-    with pytest.raises(RuntimeError): torch.compile(step_of(m, sgd(m.parameters())), fullgraph=True, backend='aot_eager')(rand(5, 4), rand(5))
+    with pytest.raises(RuntimeError): torch.compile(step_of(m, sgd(m.parameters())), fullgraph=True, backend='eager')(rand(5, 4), rand(5))

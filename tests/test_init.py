@@ -82,7 +82,8 @@ def test_seed(f):
     assert torch.equal(a, f(4, 5)) and not torch.equal(a, b)
 
 @each
-@pytest.mark.parametrize('args,msg', [((0,3), r"weight of \(0,3\): ni and nf must be at least 1"), ((3,0), r"weight of \(3,0\)"), ((-1,3), r"weight of \(-1,3\)"),
+@pytest.mark.parametrize('args,msg', [((0,3), r"weight of \(0,3\): ni and nf must be at least 1"), ((3,0), r"weight of \(3,0\)"),
+    ((-1,3), r"weight of \(-1,3\)"),
     ((2,3,'bogus'), "Unsupported nonlinearity bogus")])
 def test_errors(f, args, msg):
     with pytest.raises(ValueError, match=msg): f(*args)

@@ -122,7 +122,8 @@ def test_one_hot():
     close(one_hot(targ, rand(2, 3, 4)), TF.one_hot(targ, 4).double())
 
 def test_const_input_of_a_model():
-    for loss,y in ((Mse(), rand(5, 3)), (CrossEntropy(), torch.tensor([0,1,2,0,1])), (NLL(), torch.tensor([0,1,2,0,1])), (BCEWithLogits(), rand(5, 3).sigmoid())):
+    for loss,y in ((Mse(), rand(5, 3)), (CrossEntropy(), torch.tensor([0,1,2,0,1])), (NLL(), torch.tensor([0,1,2,0,1])),
+            (BCEWithLogits(), rand(5, 3).sigmoid())):
         m,x = Model([Lin(4, 3, dtype=torch.float64)], loss),const(rand(5, 4))
         m(x, y if y.dtype==torch.int64 else const(y))
         m.backward()
@@ -150,7 +151,8 @@ shape_cases = [
     (lambda: CrossEntropy()(R(2, 3), R(2, 4)), ValueError, r"CrossEntropy\(mean\): targ has shape \(2, 4\), expected \(2, 3\)"),
     (lambda: CrossEntropy()(R(2, 3), R(2, 3).double()), TypeError, r"targ has dtype torch.float64, expected torch.float32"),
     (lambda: CrossEntropy(smoothing=1.1), ValueError, r"CrossEntropy: smoothing is 1.1, expected 0 to 1"),
-    *[(lambda c=c: c('none'), ValueError, rf"{c.__name__}: reduction is 'none', expected 'mean' or 'sum'") for c in (Mse,NLL,CrossEntropy,BCEWithLogits)]]
+    *[(lambda c=c: c('none'), ValueError,
+        rf"{c.__name__}: reduction is 'none', expected 'mean' or 'sum'") for c in (Mse,NLL,CrossEntropy,BCEWithLogits)]]
 
 @pytest.mark.parametrize('f,exc,msg', shape_cases)
 def test_errors(f, exc, msg):

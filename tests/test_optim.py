@@ -10,9 +10,11 @@ from fnnlite.model import Model
 from fnnlite.optim import SGD, Adam, AdamW, RMSprop
 from fnnlite.record import grad
 
-opts = [(SGD, {}), (SGD, dict(momentum=.9)), (SGD, dict(momentum=.9, wd=.1)), (SGD, dict(momentum=.8, nesterov=True, wd=.01)), (SGD, dict(wd=.1)),
-    (RMSprop, {}), (RMSprop, dict(alpha=.9, eps=1e-3)), (RMSprop, dict(momentum=.9)), (RMSprop, dict(momentum=.5, wd=.1)),
-    (Adam, {}), (Adam, dict(betas=(.8,.9), eps=1e-4)), (Adam, dict(wd=.1)), (AdamW, {}), (AdamW, dict(wd=.3, betas=(.5,.99))), (AdamW, dict(wd=0.))]
+opts = [(SGD, {}), (SGD, dict(momentum=.9)), (SGD, dict(momentum=.9, weight_decay=.1)),
+    (SGD, dict(momentum=.8, nesterov=True, weight_decay=.01)), (SGD, dict(weight_decay=.1)),
+    (RMSprop, {}), (RMSprop, dict(alpha=.9, eps=1e-3)), (RMSprop, dict(momentum=.9)), (RMSprop, dict(momentum=.5, weight_decay=.1)),
+    (Adam, {}), (Adam, dict(betas=(.8,.9), eps=1e-4)), (Adam, dict(weight_decay=.1)),
+    (AdamW, {}), (AdamW, dict(weight_decay=.3, betas=(.5,.99))), (AdamW, dict(weight_decay=0.))]
 each_opt = pytest.mark.parametrize('cls,kw', opts, ids=lambda o: o.__name__ if isinstance(o, type) else ','.join(f'{k}={v}' for k,v in o.items()))
 
 def rand(*shape): return torch.randn(shape, dtype=torch.float64)
@@ -21,20 +23,18 @@ def close(ps, qs):
 
 def twin(cls, params, **kw):
     "torch's optimizer of the same name and options"
-    if 'wd' in kw: kw['weight_decay'] = kw.pop('wd')
-    elif cls is AdamW: kw['weight_decay'] = 1e-2
     return getattr(torch.optim, cls.__name__)(params, **{'lr':1e-2 if cls is RMSprop else 1e-3, **kw})
 
 def params(): return [nn.Parameter(rand(*s), requires_grad=False) for s in ((4,3),(3,),(),(2,2,2),(5,))]
 def copies(ps): return [nn.Parameter(p.detach().clone(), requires_grad=False) for p in ps]
 
 def groups(ps, **more): return [dict(params=ps[:2]), dict(params=ps[2:], **more)]
-def own(cls): return dict(lr=.03, wd=.05, **({'momentum':.7} if cls in (SGD,RMSprop) else {'betas':(.7,.95)}))
+def own(cls): return dict(lr=.03, weight_decay=.05, **({'momentum':.7} if cls in (SGD,RMSprop) else {'betas':(.7,.95)}))
 def pair(cls, kw):
     "Ours and torch's, on the same numbers in two groups, the second with options of its own."
     ps,o = params(),own(cls)
     qs = copies(ps)
-    return ps,cls(groups(ps, **o), **kw),qs,twin(cls, groups(qs, **{'weight_decay' if k=='wd' else k:v for k,v in o.items()}), **kw)
+    return ps,cls(groups(ps, **o), **kw),qs,twin(cls, groups(qs, **o), **kw)
 
 def steps(ps, opt, qs, ref, n, at=0):
     "`n` steps with the same gradients, which depend on the weights; some parameters have none on some steps."

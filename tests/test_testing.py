@@ -14,7 +14,8 @@ R = torch.randn
 
 # test_near
 
-@pytest.mark.parametrize('a,b', [(torch.ones(2, 3), torch.ones(2, 3)+1e-6), (torch.tensor(2.), 2), (torch.tensor(2., dtype=torch.float64), 2.), (3, 3), (1.5, 1.5),
+@pytest.mark.parametrize('a,b', [(torch.ones(2, 3), torch.ones(2, 3)+1e-6), (torch.tensor(2.), 2), (torch.tensor(2., dtype=torch.float64), 2.),
+    (3, 3), (1.5, 1.5),
     (torch.tensor(3), 3), (np.ones((2,3)), np.ones((2,3))), (np.ones(3, dtype=np.float32), torch.ones(3)), (torch.ones(3), np.ones(3, dtype=np.float32)),
     (np.float64(2), 2.), ([1.,2.], [1.,2.]), (torch.ones(0), torch.ones(0)), (torch.tensor([True]), torch.tensor([True]))])
 def test_near_is_near(a, b): test_near(a, b)
@@ -150,6 +151,9 @@ def test_table(capsys):
     check_grads(Sequential(Lin(4, 3), Tanh()), R(5, 4))
     lines = capsys.readouterr().out.splitlines()
     assert [l.split()[0] for l in lines]==['shape','input','0.w','0.b'] and '(5, 4)' in lines[1] and '(4, 3)' in lines[2]
+    check_grads(Sequential(Lin(4, 3), Dropout()), R(5, 4))
+    for l in capsys.readouterr().out.splitlines()[1:]: # finite differences saw the same mask each time, and so found derivatives
+        assert float(l.split()[-1])<1e-5
     check_grads(Lin(4, 3), R(5, 4), show=False)
     assert capsys.readouterr().out==''
 

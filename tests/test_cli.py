@@ -1,0 +1,355 @@
+"The two commands, as their user meets them: what they print and write, and one line when something is wrong."
+import csv, os, pickle, re, runpy, signal, subprocess, sys, sysconfig, time
+from pathlib import Path
+import numpy as np
+import pytest, torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from fnnlite import callback, cli
+from fnnlite.checkpoint import load_tensors, save_tensors
+from fnnlite.data import load_mnist
+from fnnlite.layers import Relu
+
+bin = Path(sysconfig.get_path('scripts'))
+one_thread = {**os.environ, 'OMP_NUM_THREADS':'1'}
+
+@pytest.fixture(autouse=True)
+def tidy():
+    "The commands are made for a process of their own: here they share one."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    "Run a console script, all but the new process: (exit status, stdout, stderr). Any exception but SystemExit would be a traceback."
+    def run(name, *args):
+        monkeypatch.setattr(sys, 'argv', [str(bin/name), *map(str, args)])
+        capsys.readouterr()
+        try: runpy.run_path(str(bin/name), run_name='__main__')
+        except SystemExit as e: code = e.code or 0
+        return code,*capsys.readouterr()
+    return run
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    "A quick set of data, and the options of a quick run with it."
+    m,path = load_mnist(),tmp_path_factory.mktemp('data')/'small.npz'
+    np.savez(path, x_train=m.x_train[:300].numpy(), y_train=m.y_train[:300].numpy(), x_test=m.x_valid[:100].numpy(), y_test=m.y_valid[:100].numpy())
+    return ['--data', path, '--layers', '24,16', '--bs', '64', '--epochs', '4', '--lr', '.005']
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "The real command, on the package's sample: (output folder, stdout, stderr)"
+    out = tmp_path_factory.mktemp('trained')/'new'/'out'
+    p = subprocess.run([bin/'fnnlite_train','--epochs','2','--layers','64','--out',out], env=one_thread, capture_output=True, text=True)
+    assert p.returncode==0, p.stderr
+    return out,p.stdout,p.stderr
+
+def history(folder): return list(csv.DictReader((folder/'history.csv').read_text().splitlines()))
+
+def one_line(got, name, *said, code=2):
+    "That's how a command refuses."
+    assert got[0]==code and re.fullmatch(rf'{name}: .+\n', got[2]) and all(s in got[2] for s in said), got
+
+
+# Training
+
+def test_train_prints(trained):
+    "First that the gradients are right and by how much, then a line of the table for each epoch, then where to look. Nothing on stderr: it's no terminal."
+    out,stdout,stderr = trained
+    lines = stdout.splitlines()
+    proof = next(i for i,l in enumerate(lines) if 'autograd' in l)
+    head = next(i for i,l in enumerate(lines) if 'train_loss' in l)
+    assert proof<head and float(re.search(r'at most (\de-\d+)', lines[proof])[1])<1e-9
+    assert lines[head].split()==['epoch','train_loss','valid_loss','accuracy','time'] and [l.split()[0] for l in lines[head+1:head+3]]==['0','1']
+    assert str(out) in lines[-1] and len(lines)==head+4 and stderr==''
+    rows = history(out)
+    assert lines[-1].startswith(f"Validation accuracy {float(rows[-1]['accuracy']):.2%}")
+    for l,r in zip(lines[head+1:head+3], rows): assert [f'{float(r[k]):.4f}' for k in ('train_loss','valid_loss','accuracy')]==l.split()[1:4]
+
+def test_train_writes(trained):
+    "Weights, history, curves and the checkpoint, and nothing else; the CSV has every digit."
+    out,*_ = trained
+    assert sorted(p.name for p in out.iterdir())==['checkpoint.safetensors','curves.png','history.csv','model.safetensors']
+    assert [{k:float(v) for k,v in r.items()} for r in history(out)]==load_tensors(out/'checkpoint.safetensors')[1]['history']
+    with Image.open(out/'curves.png') as im:
+        assert im.format=='PNG' and min(im.size)>200
+        im.load()
+    with safe_open(out/'model.safetensors', 'pt') as f: assert sorted(f.keys())==['0.b','0.w','2.b','2.w'] or sorted(f.keys())==['0.b','0.w','3.b','3.w']
+    assert len({p.stat().st_mode for p in out.iterdir()})==1 # whoever may read one may read all
+
+def test_train_options(run, small, tmp_path):
+    "Each has an effect, and the same options twice give the same weights, bit for bit."
+    def weights(name, *more):
+        code,_,err = run('fnnlite_train', *small, '--epochs', 1, '--out', tmp_path/name, *more)
+        assert (code,err)==(0,'')
+        return load_tensors(tmp_path/name/'model.safetensors')
+    ref,about = weights('ref')
+    again,_ = weights('again')
+    assert about['layers']==[24,16] and about['dropout']==.2 and all(torch.equal(ref[k], again[k]) for k in ref)
+    for more in (['--seed',1],['--bs',32],['--lr',.01],['--dropout',0]):
+        other,_ = weights('other', *more)
+        assert not any(torch.equal(a, b) for a,b in zip(ref.values(), other.values())), more
+    assert [tuple(t.shape) for k,t in sorted(weights('wide', '--layers', '7,6,5')[0].items()) if k.endswith('w')]==[(784,7),(7,6),(6,5),(5,10)]
+    assert [tuple(t.shape) for t in weights('linear', '--layers', '')[0].values()] in ([(784,10),(10,)],[(10,),(784,10)])
+
+def test_wrong_gradient_is_not_trained_with(run, small, tmp_path, monkeypatch):
+    def wrong(self, out, inp): inp.g = out.g
+    monkeypatch.setattr(Relu, 'bwd', wrong)
+    one_line(run('fnnlite_train', *small, '--out', tmp_path/'out'), 'fnnlite_train', 'gradients are wrong')
+    assert not (tmp_path/'out').exists() or not any((tmp_path/'out').iterdir())
+
+@pytest.mark.parametrize('gap', [1e-3,float('inf'),float('nan')])
+def test_gap_is_judged(gap, run, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, 'autograd_gap', lambda *a: gap)
+    one_line(run('fnnlite_train', *small, '--out', tmp_path/'out'), 'fnnlite_train', 'gradients are wrong')
+
+bad = dict(layers=['a,b','1.5','0','-5','8,-1','99999999999'], epochs=['0','-1','x'], bs=['0','-3','1.5'], lr=['-1','x'], dropout=['2','-.1','nan'],
+    device=['nonsense','cuda:99','meta','cpu:x'], seed=['-1','x',str(2**70)])
+@pytest.mark.parametrize('option,value', [(k,v) for k,vs in bad.items() for v in vs])
+def test_bad_option(option, value, run, small, tmp_path):
+    "One line, or argparse's own usage and a line; nothing is written."
+    code,_,err = got = run('fnnlite_train', *small, '--out', tmp_path/'out', f'--{option}={value}')
+    if err.startswith('usage:'): assert code==2 and f'argument --{option}' in err.splitlines()[-1]
+    else: one_line(got, 'fnnlite_train')
+    assert not (tmp_path/'out').exists() or not any((tmp_path/'out').iterdir())
+
+def broken(kind, path):
+    "A file or folder that holds no digits."
+    if kind=='empty folder': path.mkdir()
+    elif kind=='random': path.write_bytes(np.random.default_rng(0).bytes(500))
+    elif kind=='empty': path.write_bytes(b'')
+    elif kind=='text': path.write_text('no digits here')
+    elif kind=='pickle': path.write_bytes(pickle.dumps(Bomb()))
+    elif kind=='npz of other things': np.savez(path.with_suffix('.npz'), a=np.ones(3)), path.with_suffix('.npz').rename(path)
+
+class Bomb:
+    def __reduce__(self): return os.mkdir,(Bomb.target,)
+
+@pytest.mark.parametrize('kind', ['none','empty folder','random','empty','text','pickle','npz of other things'])
+def test_bad_data(kind, run, tmp_path):
+    Bomb.target = str(tmp_path/'bomb')
+    broken(kind, tmp_path/'digits')
+    one_line(run('fnnlite_train', '--data', tmp_path/'digits', '--out', tmp_path/'out'), 'fnnlite_train', str(tmp_path/'digits'))
+    assert not (tmp_path/'bomb').exists() and not (tmp_path/'out').exists()
+
+@pytest.mark.parametrize('share', [0,.001,.1,.5,.9,.999])
+def test_truncated_data(share, run, small, tmp_path):
+    raw = small[1].read_bytes()
+    (tmp_path/'digits').write_bytes(raw[:int(share*len(raw))])
+    one_line(run('fnnlite_train', '--data', tmp_path/'digits', '--out', tmp_path/'out'), 'fnnlite_train', str(tmp_path/'digits'))
+
+@pytest.mark.parametrize('out', ['file','file/below','/proc/nowhere','/dev/null'])
+def test_bad_out(out, run, small, tmp_path, monkeypatch):
+    "Found out before an epoch has been computed in vain."
+    (tmp_path/'file').write_text('precious')
+    monkeypatch.setattr(callback.Recorder, 'after_train', lambda self: pytest.fail('trained for nothing'))
+    one_line(run('fnnlite_train', *small, '--out', tmp_path/out), 'fnnlite_train', out)
+    assert (tmp_path/'file').read_text()=='precious'
+
+@pytest.mark.parametrize('name', ['fsync','replace'])
+def test_full_disk(name, run, small, tmp_path, monkeypatch):
+    def full(*args): raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(os, name, full)
+        got = run('fnnlite_train', *small, '--out', tmp_path/'out')
+    one_line(got, 'fnnlite_train', 'No space left on device')
+    assert not any((tmp_path/'out').glob('**/*'))
+
+def test_loss_not_finite(run, small, tmp_path):
+    "Where it happened, in one line; the checkpoint and the weights of the run before are as they were."
+    assert run('fnnlite_train', *small, '--out', tmp_path)[0]==0
+    before = {p.name:p.read_bytes() for p in tmp_path.glob('*.safetensors')}
+    got = run('fnnlite_train', *small, '--out', tmp_path, '--lr', '1e38')
+    one_line(got, 'fnnlite_train')
+    assert re.search(r'epoch 0, batch [1-5]: the loss is (nan|inf); the first to be not finite was the output of \w+ \(layers\.\d\)', got[2])
+    assert {p.name:p.read_bytes() for p in tmp_path.glob('*.safetensors')}==before
+
+
+# Going on
+
+driver = '''
+import runpy, signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from fnnlite.callback import OneCycle
+orig = OneCycle.before_batch
+def before_batch(self):
+    orig(self)
+    if (self.epoch,self.iter,self.training)==(2,1,True):
+        Path(ready).touch()
+        time.sleep(600)
+if ready: OneCycle.before_batch = before_batch
+sys.argv[0] = command
+runpy.run_path(command, run_name='__main__')
+'''
+
+def stopped(sig, tmp_path, args):
+    "A process in the middle of its third epoch gets `sig`: (exit status, stdout, stderr)"
+    ready = tmp_path/'ready'
+    code = f'ready,command = {str(ready)!r},{str(bin/"fnnlite_train")!r}' + driver
+    with subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=one_thread, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
+        until = time.monotonic()+120
+        while not ready.exists() and p.poll() is None and time.monotonic()<until: time.sleep(.01)
+        p.send_signal(sig)
+        out,err = p.communicate(timeout=120)
+    return p.returncode,out,err
+
+def assert_resumes(run, small, folder, tmp_path):
+    "`--resume` ends with the files of a run that was never stopped, bit by bit; it prints the whole table."
+    assert run('fnnlite_train', *small, '--out', tmp_path/'whole')[0]==0
+    code,out,err = run('fnnlite_train', *small, '--out', folder, '--resume')
+    assert (code,err)==(0,'') and [l.split()[0] for l in out.splitlines()[-6:-1]]==['epoch','0','1','2','3']
+    for name in 'model','checkpoint':
+        (a,aa),(b,ab) = (load_tensors(o/f'{name}.safetensors') for o in (folder,tmp_path/'whole'))
+        assert sorted(a)==sorted(b) and all(torch.equal(a[k], b[k]) for k in a)
+        for r in aa.get('history', [])+ab.get('history', []): del r['time']
+        assert aa==ab
+    assert sorted(p.name for p in folder.iterdir())==sorted(p.name for p in (tmp_path/'whole').iterdir())
+
+def test_ctrl_c(run, small, tmp_path):
+    "Status 130, no traceback, the epochs that were whole in the history and in the checkpoint; and it goes on from there."
+    folder = tmp_path/'out'
+    code,out,err = stopped(signal.SIGINT, tmp_path, [*small, '--out', folder])
+    assert code==130 and 'Traceback' not in err and '--resume' in err and len(err.splitlines())==1
+    assert [r['epoch'] for r in history(folder)]==['0','1']
+    assert load_tensors(folder/'checkpoint.safetensors')[1]['epochs']==2 and not (folder/'model.safetensors').exists()
+    with Image.open(folder/'curves.png') as im: im.load()
+    assert_resumes(run, small, folder, tmp_path)
+
+def test_kill_9(run, small, tmp_path):
+    folder = tmp_path/'out'
+    assert stopped(signal.SIGKILL, tmp_path, [*small, '--out', folder])[0]==-signal.SIGKILL
+    assert_resumes(run, small, folder, tmp_path)
+
+def test_ctrl_c_before_the_fit(run, small, tmp_path, monkeypatch):
+    def interrupted(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(cli, 'load_mnist', interrupted)
+    code,_,err = run('fnnlite_train', *small, '--out', tmp_path)
+    assert code==130 and 'Traceback' not in err
+
+def test_resume_when_all_is_done(run, small, tmp_path):
+    "Makes the files that follow from the checkpoint once more."
+    assert run('fnnlite_train', *small, '--out', tmp_path)[0]==0
+    weights = (tmp_path/'model.safetensors').read_bytes()
+    for name in 'model.safetensors','history.csv','curves.png': (tmp_path/name).unlink()
+    assert run('fnnlite_train', *small, '--out', tmp_path, '--resume')[::2]==(0,'')
+    assert (tmp_path/'model.safetensors').read_bytes()==weights and (tmp_path/'history.csv').exists() and (tmp_path/'curves.png').exists()
+
+def test_resume_with_other_settings(run, small, tmp_path):
+    "Refused, with their names and both values; device and resume itself are no settings."
+    assert run('fnnlite_train', *small, '--out', tmp_path)[0]==0
+    before = {p.name:p.read_bytes() for p in tmp_path.iterdir()}
+    for option,value,said in (('--lr','.5','lr 0.005, now 0.5'), ('--epochs','9','epochs 4, now 9'), ('--bs','32','bs 64, now 32'),
+            ('--seed','7','seed 42, now 7'), ('--layers','24','layers [24, 16], now [24]'), ('--dropout','0','dropout 0.2, now 0.0')):
+        one_line(run('fnnlite_train', *small, '--out', tmp_path, '--resume', option, value), 'fnnlite_train', str(tmp_path/'checkpoint.safetensors'), said)
+    assert {p.name:p.read_bytes() for p in tmp_path.iterdir()}==before
+    assert run('fnnlite_train', *small, '--out', tmp_path, '--resume', '--device', 'cpu')[0]==0
+
+@pytest.mark.parametrize('kind', ['truncated','foreign','pickle','weights'])
+def test_resume_from_what_is_no_checkpoint(kind, run, small, tmp_path):
+    path = tmp_path/'checkpoint.safetensors'
+    assert run('fnnlite_train', *small, '--out', tmp_path)[0]==0
+    Bomb.target = str(tmp_path/'bomb')
+    if kind=='truncated': path.write_bytes(path.read_bytes()[:-1])
+    elif kind=='foreign': save_file({'a':torch.ones(2)}, path)
+    elif kind=='pickle': path.write_bytes(pickle.dumps(Bomb()))
+    elif kind=='weights': path.write_bytes((tmp_path/'model.safetensors').read_bytes())
+    raw = path.read_bytes()
+    one_line(run('fnnlite_train', *small, '--out', tmp_path, '--resume'), 'fnnlite_train', str(path))
+    assert path.read_bytes()==raw and not (tmp_path/'bomb').exists()
+
+
+# Reading digits
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    "The sample's own validation digits as pictures: (paths, pixels, classes)"
+    m,folder = load_mnist(),tmp_path_factory.mktemp('digits')
+    paths = [folder/f'{i}.png' for i in range(40)]
+    for p,px in zip(paths, m.x_valid): Image.fromarray((px.view(28, 28)*255).round().byte().numpy()).save(p)
+    return paths,m.x_valid[:40],m.y_valid[:40]
+
+def test_predict(run, trained, digits):
+    "A line for each picture, in order; most are right, and the probability is that of the saved weights by plain torch."
+    weights,(paths,px,classes) = trained[0]/'model.safetensors',digits
+    code,out,err = run('fnnlite_predict', *paths, '--weights', weights)
+    lines = [re.fullmatch(r'(.+): (\d) \((\d+\.\d)%\)', l).groups() for l in out.splitlines()]
+    assert (code,err)==(0,'') and [l[0] for l in lines]==[*map(str, paths)]
+    assert sum(int(l[1])==c for l,c in zip(lines, classes.tolist()))>=34
+    t,about = load_tensors(weights)
+    (w1,b1),(w2,b2) = ((t[f'{i}.w'],t[f'{i}.b']) for i in sorted({k.split('.')[0] for k in t}, key=int))
+    probs = (((px-about['stats'][0])/about['stats'][1]@w1+b1).relu()@w2+b2).softmax(-1)
+    assert [int(l[1]) for l in lines]==probs.argmax(-1).tolist()
+    assert all(abs(float(l[2])-100*p)<.06 for l,p in zip(lines, probs.amax(-1).tolist()))
+
+def test_predict_drawn_digits(run, trained, digits, tmp_path):
+    "Dark on white and five times as large, as someone would draw it."
+    paths = []
+    for i,px in enumerate(digits[1]):
+        paths.append(tmp_path/f'{i}.png')
+        Image.fromarray(255-(px.view(28, 28)*255).byte().numpy()).resize((140, 140)).save(paths[-1])
+    code,out,_ = run('fnnlite_predict', *paths, '--weights', trained[0]/'model.safetensors')
+    assert code==0 and sum(int(l.split()[1])==c for l,c in zip(out.splitlines(), digits[2].tolist(), strict=True))>=30
+
+def test_predict_real_command(trained, digits):
+    p = subprocess.run([bin/'fnnlite_predict',digits[0][0],'--weights',trained[0]/'model.safetensors'], env=one_thread, capture_output=True, text=True)
+    assert p.returncode==0 and p.stderr=='' and re.fullmatch(r'.*0\.png: \d \(\d+\.\d%\)\n', p.stdout)
+
+def test_predict_says_what_it_can(run, trained, digits, tmp_path):
+    "A line on stderr for each picture that can't be read, the digits of the others on stdout, status 2."
+    bad = [tmp_path/n for n in ('none.png','text.png','cut.png','blank.png','folder')]
+    bad[1].write_text('no picture')
+    bad[2].write_bytes(digits[0][0].read_bytes()[:-60])
+    Image.new('L', (28, 28)).save(bad[3])
+    bad[4].mkdir()
+    code,out,err = run('fnnlite_predict', bad[0], digits[0][0], *bad[1:], digits[0][1], '--weights', trained[0]/'model.safetensors')
+    assert code==2 and [l.split(': ')[0] for l in out.splitlines()]==[*map(str, digits[0][:2])]
+    assert len(err.splitlines())==len(bad) and all(l.startswith(f'fnnlite_predict: {b}: ') for l,b in zip(err.splitlines(), bad))
+
+def test_predict_nothing(run, trained, digits):
+    one_line(run('fnnlite_predict', '--weights', trained[0]/'model.safetensors'), 'fnnlite_predict', 'no pictures')
+    one_line(run('fnnlite_predict', digits[0][0], '--weights', 'nowhere.safetensors'), 'fnnlite_predict', 'nowhere.safetensors')
+
+@pytest.mark.parametrize('kind', ['cut','empty','folder','pickle','torch.save','foreign','checkpoint','text'])
+def test_bad_weights(kind, run, trained, digits, tmp_path):
+    "Refused by name; nothing in them is run."
+    path,Bomb.target = tmp_path/'w.safetensors',str(tmp_path/'bomb')
+    if kind=='cut': path.write_bytes((trained[0]/'model.safetensors').read_bytes()[:-1])
+    elif kind=='empty': path.write_bytes(b'')
+    elif kind=='folder': path.mkdir()
+    elif kind=='pickle': path.write_bytes(pickle.dumps(Bomb()))
+    elif kind=='torch.save': torch.save(Bomb(), path)
+    elif kind=='foreign': save_file({'0.w':torch.ones(784, 10), '0.b':torch.ones(10)}, path)
+    elif kind=='checkpoint': path.write_bytes((trained[0]/'checkpoint.safetensors').read_bytes())
+    elif kind=='text': path.write_text('weights, honestly')
+    one_line(run('fnnlite_predict', digits[0][0], '--weights', path), 'fnnlite_predict', str(path))
+    assert not (tmp_path/'bomb').exists()
+
+@pytest.mark.parametrize('change', [dict(layers=[65]), dict(layers=[]), dict(layers=[-1]), dict(layers=['x']), dict(layers='64'), dict(layers=64),
+    dict(dropout=7), dict(dropout=None), dict(stats=[1]), dict(stats='ab'), dict(stats=None)], ids=str)
+def test_weights_of_another_make(change, run, trained, digits, tmp_path):
+    "What the file says of the net isn't what is in it, or isn't what such a file says."
+    t,about = load_tensors(trained[0]/'model.safetensors')
+    save_tensors(tmp_path/'w.safetensors', t, **{**about, **change})
+    got = run('fnnlite_predict', digits[0][0], '--weights', tmp_path/'w.safetensors')
+    one_line(got, 'fnnlite_predict', str(tmp_path/'w.safetensors'))
+
+
+# The package
+
+def test_import_is_light():
+    "fnnlite itself imports nothing that only plots, pictures, bars or downloads need (torch brings some of it along)."
+    code = '''
+import sys, torch
+heavy = 'matplotlib','PIL','tqdm','urllib.request'
+for m in [m for m in sys.modules if any(m==h or m.startswith(h+'.') for h in heavy)]: del sys.modules[m]
+import fnnlite, fnnlite.cli
+print([h for h in heavy if h in sys.modules])
+'''
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert p.returncode==0 and p.stdout=='[]\n', p.stdout+p.stderr
