@@ -11,7 +11,12 @@ from .model import Model, Sequential
 from .optim import SGD, Adam, AdamW, RMSprop
 from .testing import check_grads, test_near
 
+# loaded when used
 _when_used = {'DataLoaders':'data', 'load_mnist':'data', 'Learner':'learner', 'accuracy':'learner'}
+
+__all__ = ['GradError', 'const', 'wants', 'Module', 'Add', 'Concat', 'Dropout', 'Flatten', 'Lin', 'Log', 'LogSoftmax', 'Matmul', 'Mul', 'Relu', 'Reshape',
+    'Sigmoid', 'Softmax', 'Tanh', 'BCEWithLogits', 'CrossEntropy', 'Mse', 'NLL', 'Model', 'Sequential', 'SGD', 'Adam', 'AdamW', 'RMSprop',
+    'check_grads', 'test_near', *_when_used]
 
 def __getattr__(name):
     if name not in _when_used: raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['parts', 'events', 'CancelException', 'CancelFitException', 'CancelEpochException', 'CancelTrainException',
            'CancelValidateException', 'CancelBatchException', 'CancelBackwardException', 'CancelStepException',
-           'Callback', 'History', 'Recorder', 'NonFiniteError', 'first_nonfinite', 'StopAtNonFinite',
-           'StopAtNonFiniteValid', 'Progress', 'OneCycle', 'Checkpoint']
+           'Callback', 'History', 'Recorder', 'NonFiniteError', 'first_nonfinite', 'StopAtNonFinite', 'Progress',
+           'OneCycle', 'Checkpoint']
 
-# %% ../nbs/11_callback.ipynb #df0c8cec
-import csv, io, math, time
+# %% ../nbs/11_callback.ipynb #53c804cf
+import csv, io, json, math, time
 from pathlib import Path
 import torch
 from fastcore.basics import GetAttr
@@ -33,8 +33,10 @@ class Callback(GetAttr):
     "Methods named after `events` are called there; `order` says which callback comes first"
     _default,order,learn = 'learn',0,None
 
-# %% ../nbs/11_callback.ipynb #733c9b96
-def _cell(v): return f'{v:.4g}' if isinstance(v, float) and abs(v)<1e-3 else f'{v:.4f}' if isinstance(v, float) else str(v)
+# %% ../nbs/11_callback.ipynb #70f7f32a
+def _cell(v):
+    if v is None: return '-'
+    return f'{v:.4g}' if isinstance(v, float) and abs(v)<1e-3 else f'{v:.4f}' if isinstance(v, float) else str(v)
 
 class History(list):
     "Rows of numbers, an epoch each, as dicts"
@@ -56,11 +58,14 @@ class History(list):
         w.writerows(self)
         return f.getvalue()
 
-# %% ../nbs/11_callback.ipynb #5df2f6a3
+# %% ../nbs/11_callback.ipynb #36b471f5
 class Recorder(Callback):
     "Keeps `learn.history`"
     order = -10
-    def before_epoch(self): self.start,self.row = time.time(),{'epoch':self.epoch}
+    def before_epoch(self):
+        valid = [] if self.dls.valid is None else ['valid_loss',*(m.__name__ for m in self.metrics)]
+        self.start,self.row = time.time(),dict.fromkeys(['epoch','train_loss',*valid,'time'])
+        self.row['epoch'] = self.epoch
     def before_train(self): self.n,self.sums = 0,torch.zeros(1+len(self.metrics), dtype=torch.float64)
     before_validate = before_train
 
@@ -72,14 +77,14 @@ class Recorder(Callback):
         self.sums = self.sums.to(self.loss.device)
         self.sums[:len(values)] += n*torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.sums.device) for v in values])
 
-    def means(self): return [s/self.n if self.n else math.nan for s in self.sums.tolist()]
+    def means(self): return [s/self.n if self.n else None for s in self.sums.tolist()]
     def after_train(self): self.row['train_loss'] = self.means()[0]
     def after_validate(self): self.row.update(zip(['valid_loss',*(m.__name__ for m in self.metrics)], self.means()))
     def after_epoch(self):
         self.row['time'] = round(time.time()-self.start, 2)
         self.history.append(self.row)
 
-# %% ../nbs/11_callback.ipynb #6e2d62d3
+# %% ../nbs/11_callback.ipynb #bd78a527
 class NonFiniteError(ArithmeticError):
     "The loss, or the validation loss, is not finite"
 
@@ -94,22 +99,21 @@ def first_nonfinite(model)->str:
     return search(call) or "the loss"
 
 class StopAtNonFinite(Callback):
-    "End the fit with an error when the loss is no longer finite"
-    order = -20
+    "End the fit with an error when the loss is no longer finite, or at the end of an epoch a weight isn't"
     def after_loss(self):
         if self.training and not self.loss.isfinite(): raise NonFiniteError(
             f"epoch {self.epoch}, batch {self.iter}: the loss is {self.loss.item()}; the first to be not finite was {first_nonfinite(self.model)}")
 
-class StopAtNonFiniteValid(Callback):
-    "End the fit before a checkpoint is written if the validation loss is not finite"
     def after_epoch(self):
+        for name,p in self.model.named_parameters():
+            if not p.isfinite().all(): raise NonFiniteError(f"epoch {self.epoch}, after its last batch: parameter '{name}' is not finite")
         loss = self.history[-1].get('valid_loss')
         if loss is not None and not math.isfinite(loss): raise NonFiniteError(f"epoch {self.epoch}: the validation loss is {loss}")
 
-# %% ../nbs/11_callback.ipynb #ff0ef1a1
+# %% ../nbs/11_callback.ipynb #f6d2d09c
 class Progress(Callback):
     "A progress bar over the batches of the fit, where someone is watching, and a line of the table for each epoch"
-    order = 10
+    order,bar = 10,None
     def before_fit(self):
         from fastcore.imports import ipython_shell
         from tqdm.auto import tqdm
@@ -123,7 +127,8 @@ class Progress(Callback):
     def after_batch(self):
         if self.training: self.bar.update()
     def after_epoch(self): self.write(len(self.history)-1, self.history[-1])
-    def after_fit(self): self.bar.close()
+    def after_fit(self):
+        if self.bar is not None: self.bar.close()
     after_cancel_fit = after_fit
 
 # %% ../nbs/11_callback.ipynb #f4de9769
@@ -144,7 +149,7 @@ class OneCycle(Callback):
     def before_batch(self):
         if self.training: self.opt.lr = self.at((self.epoch+self.iter/self.n_iter)/self.n_epoch)
 
-# %% ../nbs/11_callback.ipynb #3b9cd554
+# %% ../nbs/11_callback.ipynb #abfaf849
 class Checkpoint(Callback):
     "Save to `folder` after each epoch, and go on from there"
     order = 5
@@ -152,7 +157,7 @@ class Checkpoint(Callback):
         folder, # where `checkpoint.safetensors` is, or will be
         resume:bool=False, # go on from the one that is there, if one is?
         settings:dict|None=None, # of the run; going on with others is refused
-    ): self.path,self.resume,self.settings = Path(folder)/'checkpoint.safetensors',resume,settings or {}
+    ): self.path,self.resume,self.settings = Path(folder)/'checkpoint.safetensors',resume,json.loads(json.dumps(settings or {}))
 
     def before_fit(self):
         if self.resume and self.path.exists(): self.load()
@@ -168,14 +173,16 @@ class Checkpoint(Callback):
         memory = {f'opt.{i}.{k}':t for i,state in opt['state'].items() for k,t in state.items() if isinstance(t, torch.Tensor)}
         weights = {f'model.{k}':t for k,t in self.model.state_dict().items()}
         lrs = [float(g['lr']) for g in self.opt.param_groups]
-        save_tensors(self.path, {**weights, **memory, **self.rng()}, epochs=self.epoch+1, dl_epoch=self.dls.train.epoch, lrs=lrs,
+        save_tensors(self.path, {**weights, **memory, **self.rng()}, epochs=self.epoch+1, dl_epoch=getattr(self.dls.train, 'epoch', None), lrs=lrs,
                      history=list(self.history), settings=self.settings)
 
     def load(self):
         tensors,about = load_tensors(self.path)
         part = lambda name: {k.removeprefix(name):t for k,t in tensors.items() if k.startswith(name)}
-        try: epochs,dl_epoch,lrs,history,settings = (about[k] for k in ('epochs','dl_epoch','lrs','history','settings'))
-        except (KeyError,TypeError): raise CheckpointError(f"{self.path}: holds weights but no run to go on with") from None
+        kinds = {'epochs':int, 'lrs':list, 'history':list, 'settings':dict}
+        if not isinstance(about, dict) or not all(isinstance(about.get(k), kind) for k,kind in kinds.items()):
+            raise CheckpointError(f"{self.path}: holds no run to go on with")
+        epochs,lrs,history,settings = (about[k] for k in kinds)
         other = {k:(settings.get(k),v) for k,v in self.settings.items() if settings.get(k)!=v}
         if other: raise CheckpointError(f"{self.path}: was made with other settings: " + ', '.join(f"{k} {a}, now {b}" for k,(a,b) in other.items()))
         opt = self.opt.state_dict()
@@ -188,5 +195,5 @@ class Checkpoint(Callback):
         for g,lr in zip(self.opt.param_groups, lrs): g['lr'].fill_(lr)
         torch.set_rng_state(tensors['rng.cpu'])
         if 'rng.cuda' in tensors and self.device.type=='cuda': torch.cuda.set_rng_state(tensors['rng.cuda'], self.device)
-        self.dls.train.epoch,self.learn.epoch = dl_epoch,epochs
-        self.history[:] = history
+        if about.get('dl_epoch') is not None: self.dls.train.epoch = about['dl_epoch']
+        self.learn.epoch,self.history[:] = epochs,history

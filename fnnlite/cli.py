@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['mlp', 'fnnlite_train', 'fnnlite_predict']
 
-# %% ../nbs/13_cli.ipynb #c2044520
+# %% ../nbs/13_cli.ipynb #1df3564f
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-import os, sys
+import sys
 import torch
 from fastcore.script import call_parse
 from .callback import NonFiniteError, OneCycle, Checkpoint
-from .checkpoint import CheckpointError, load_tensors, put_state, save_tensors
+from .checkpoint import CheckpointError, load_tensors, put_state, save_tensors, write_file
 from .data import DataError, DataLoaders, load_mnist, normalize, read_image
 from .layers import Dropout, Lin, Relu
 from .learner import Learner, accuracy
@@ -42,12 +42,20 @@ def mlp(
         layers.append(Lin(ni, nf))
     return Sequential(*layers)
 
-# %% ../nbs/13_cli.ipynb #029dc2e2
-def _write(path, text):
-    "Write `text` to `path`, whole or not at all"
-    tmp = path.with_name(f'.{path.name}.tmp')
-    tmp.write_text(text)
-    os.replace(tmp, path)
+# %% ../nbs/13_cli.ipynb #5e07f2ba
+def _usable(device):
+    "The device of that name, if a number can be put there and read back; else ValueError"
+    try:
+        torch.ones(1, device=device).item()
+        return torch.device(device)
+    except (RuntimeError,AssertionError) as e: raise ValueError(f"device is {device!r}: {str(e).splitlines()[0]}") from None
+
+def _widths(layers):
+    "Numbers from a text like '512,256'"
+    try: widths = [int(w) for w in layers.split(',') if w.strip()]
+    except ValueError: widths = [0]
+    if not all(0<w<100_000 for w in widths): raise ValueError(f"layers is {layers!r}, expected widths like 512,256")
+    return widths
 
 @call_parse
 def fnnlite_train(
@@ -64,9 +72,9 @@ def fnnlite_train(
 ):
     "Train a net on MNIST with hand-written gradients"
     with _one_line_errors():
-        device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        try: hidden = [int(w) for w in layers.split(',') if w.strip()]
-        except ValueError: raise ValueError(f"layers is {layers!r}, expected widths like 512,256") from None
+        device = _usable(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        hidden,out = _widths(layers),Path(out)
+        if epochs<1: raise ValueError(f"epochs is {epochs}, expected at least 1")
         torch.manual_seed(seed)
         mnist = load_mnist(data)
         stats = mnist.stats()
@@ -77,13 +85,13 @@ def fnnlite_train(
         xb,yb = dls.train.x[:16],dls.train.y[:16]
         gap = autograd_gap(model, xb, yb)
         print(f"Hand-written gradients against autograd's, in float64: they differ by at most {gap:.0e} of the largest")
-        if gap>1e-9: raise ValueError("the gradients are wrong: not training")
+        if not gap<1e-9: raise ValueError("the gradients are wrong: not training")
         settings = dict(data=data, bs=bs, lr=lr, layers=hidden, dropout=dropout, seed=seed, epochs=epochs)
         learn = Learner(model, dls, partial(AdamW, lr=lr), [accuracy], [OneCycle(lr), Checkpoint(out, resume, settings)])
+        write_file(out/'.writable', b'') # rather an error now than after the training
+        (out/'.writable').unlink()
         learn.fit(epochs)
-        out = Path(out)
-        out.mkdir(parents=True, exist_ok=True)
-        _write(out/'history.csv', learn.history.to_csv())
+        write_file(out/'history.csv', learn.history.to_csv().encode())
         if learn.history:
             import matplotlib
             with matplotlib.rc_context({'backend': 'agg'}): learn.plot_losses().savefig(out/'curves.png', dpi=120)
@@ -93,7 +101,7 @@ def fnnlite_train(
         save_tensors(out/'model.safetensors', model.layers.state_dict(), layers=hidden, dropout=dropout, stats=stats)
         print(f"Validation accuracy {learn.history[-1]['accuracy']:.2%}. Weights, history and curves are in {out}")
 
-# %% ../nbs/13_cli.ipynb #e1ae64c3
+# %% ../nbs/13_cli.ipynb #ceb1921b
 @call_parse
 def fnnlite_predict(
     *images:str, # Picture files, a digit each
@@ -103,12 +111,14 @@ def fnnlite_predict(
     with _one_line_errors():
         if not images: raise ValueError("no pictures given; expected one or more files")
         tensors,about = load_tensors(weights)
-        try: net,stats = Model(mlp([784,*about['layers'],10], about['dropout']), CrossEntropy()),about['stats']
-        except (KeyError,TypeError): raise CheckpointError(f"{weights}: holds no net that fnnlite_train saved") from None
+        try:
+            mean,std = map(float, about['stats'])
+            net = Model(mlp([784,*about['layers'],10], about['dropout']), CrossEntropy())
+        except (KeyError,TypeError,ValueError): raise CheckpointError(f"{weights}: holds no net that fnnlite_train saved") from None
         put_state(net.layers, tensors, weights)
     failed = False
     for name in images:
-        try: probs = net.predict(normalize(read_image(name), *stats)).softmax(-1)
+        try: probs = net.predict(normalize(read_image(name), mean, std)).softmax(-1)
         except (DataError,OSError) as e:
             print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
             failed = True

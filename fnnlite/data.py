@@ -229,16 +229,18 @@ class ArrayDL:
         return torch.randperm(len(self.x), generator=g, device='cpu').to(self.x.device)
 
     def __iter__(self):
-        epoch,bs = self.epoch,self.bs
-        ids = self.perm() if self.shuffle else None
+        bs,ids = self.bs,self.perm() if self.shuffle else None
+        self.epoch += 1
         for i in range(0, len(self)*bs, bs):
             if ids is None: yield self.x[i:i+bs], self.y[i:i+bs]
             else: yield self.x.index_select(0, ids[i:i+bs]), self.y.index_select(0, ids[i:i+bs])
-        self.epoch = epoch+1
 
     def one_batch(self):
-        "The first batch of this epoch"
-        return next(iter(self))
+        "The first batch of the epoch to come"
+        epoch = self.epoch
+        batch = next(iter(self))
+        self.epoch = epoch
+        return batch
 
 # %% ../nbs/08_data.ipynb #b7b70f3b
 class DataLoaders:

@@ -18,7 +18,7 @@ def accuracy(pred, targ):
     "The part of the rows of `pred` (n,C) whose largest element is at `targ` (n)"
     return (pred.argmax(-1)==targ).double().mean()
 
-# %% ../nbs/12_learner.ipynb #2c5d97aa
+# %% ../nbs/12_learner.ipynb #114123e0
 class Learner:
     "A model, data and an optimizer, and the loop that brings them together"
     def __init__(self,
@@ -31,7 +31,7 @@ class Learner:
         self.model,self.dls,self.metrics = model,dls,tuple(metrics)
         self.opt = opt if isinstance(opt, torch.optim.Optimizer) else opt(model.parameters())
         self.history,self.epoch,self.n_epoch,self.training = History(),0,0,False
-        self.cbs = [Recorder(),StopAtNonFinite(),StopAtNonFiniteValid(),Progress(),*cbs]
+        self.cbs = [Recorder(),StopAtNonFinite(),Progress(),*(o() if isinstance(o, type) else o for o in cbs)]
 
     @property
     def device(self): return next(self.model.parameters()).device
@@ -105,12 +105,14 @@ class Learner:
 
     def validate(self)->dict:
         "The validation loss and metrics"
-        rec = Recorder()
-        with self._listening([rec]):
-            rec.before_epoch()
-            self._batches('validate', self.dls.valid)
-        del rec.row['epoch']
-        return rec.row
+        if self.dls.valid is None: raise ValueError("Learner: validate() without validation data: dls.valid is None")
+        rec,was = Recorder(),vars(self).copy()
+        try:
+            with evaluating(self.model), self._listening([rec]):
+                rec.before_epoch()
+                self._batches('validate', self.dls.valid)
+        finally: vars(self).update(was) # it may be called in the middle of a fit
+        return {k:v for k,v in rec.row.items() if k not in ('epoch','train_loss','time')}
 
     def predict(self,
         x, # rows of inputs
@@ -126,8 +128,9 @@ class Learner:
         if ax is None: ax = plt.subplots(1, 2 if names else 1, figsize=(8 if names else 4, 3), squeeze=False, layout='constrained')[1][0]
         for a,keys in zip(ax, (['train_loss','valid_loss'],names)):
             for k in keys:
-                if self.history and k in self.history[0]: a.plot([r['epoch']+1 for r in self.history], [r[k] for r in self.history], label=k)
+                rows = [(r['epoch']+1,r[k]) for r in self.history if r.get(k) is not None]
+                if rows: a.plot(*zip(*rows), label=k)
             a.set_xlabel('epoch')
             a.xaxis.get_major_locator().set_params(integer=True)
-            a.legend()
+            if a.lines: a.legend()
         return ax[0].figure

@@ -34,29 +34,31 @@ class Loss(Module):
         if targ.shape!=inp.shape: raise ValueError(f"{self}: targ has shape {tuple(targ.shape)}, expected {tuple(inp.shape)}")
     def extra_repr(self): return self.reduction
 
-# %% ../nbs/05_losses.ipynb #2bc1c77c
+# %% ../nbs/05_losses.ipynb #f9749603
 class Mse(Loss):
     "Mean (or sum) of the squared differences; `targ` has `inp`'s shape, or lacks its last dimension of 1"
-    def diff(self, inp, targ): return inp-targ.view_as(inp)
+    def diff(self, inp, targ): return inp-targ.reshape(inp.shape)
 
     def forward(self, inp, targ):
-        self.check_targ(inp.squeeze(-1) if inp.shape==(*targ.shape,1) else inp, targ)
+        column = inp.ndim==targ.ndim+1 and inp.shape[-1]==1 if isinstance(targ, torch.Tensor) else False
+        self.check_targ(inp.squeeze(-1) if column else inp, targ)
         return self.reduce(self.diff(inp, targ).pow(2))
 
     def bwd(self, out, inp, targ):
         g = 2*self.diff(inp, targ)*self.upstream(out, inp.numel())
         if wants(inp): inp.g = g
-        if wants(targ): targ.g = -g.view_as(targ)
+        if wants(targ): targ.g = -g.reshape(targ.shape)
 
-# %% ../nbs/05_losses.ipynb #f4a43069
+# %% ../nbs/05_losses.ipynb #7c511caa
 def check_classes(module, inp, targ):
     "Raise TypeError or ValueError unless `targ` holds class indices (...) for `inp` (...,C)"
     check_inp(module, inp)
+    if not isinstance(targ, torch.Tensor): raise TypeError(f"{module}: targ is of type {type(targ).__name__}, expected a tensor")
     if targ.dtype!=torch.int64: raise TypeError(f"{module}: targ has dtype {targ.dtype}, expected class indices of torch.int64")
     if targ.shape!=inp.shape[:-1]:
         raise ValueError(f"{module}: targ has shape {tuple(targ.shape)}, expected {tuple(inp.shape[:-1])} for inp {tuple(inp.shape)}")
     if targ.device!=inp.device: raise ValueError(f"{module}: targ is on device {targ.device}, expected {inp.device}")
-    if torch.compiler.is_compiling() or targ.is_cuda: return
+    if torch.compiler.is_compiling() or targ.is_cuda or targ.is_meta: return
     lo,hi = targ.aminmax()
     if lo<0 or hi>=inp.shape[-1]: raise ValueError(f"{module}: targ has class indices from {lo} to {hi}, expected 0 to {inp.shape[-1]-1}")
 
@@ -73,7 +75,7 @@ class NLL(Loss):
 
     def bwd(self, out, inp, targ): inp.g = -one_hot(targ, inp)*self.upstream(out, targ.numel())
 
-# %% ../nbs/05_losses.ipynb #70fcfe62
+# %% ../nbs/05_losses.ipynb #ae107266
 class CrossEntropy(Loss):
     "-Σ t log softmax(inp) over the last dimension; `inp` (...,C), `targ` class indices (...) or probabilities (...,C)"
     def __init__(self,
@@ -90,7 +92,7 @@ class CrossEntropy(Loss):
         return targ if not self.smoothing else targ*(1-self.smoothing) + self.smoothing/inp.shape[-1]
 
     def forward(self, inp, targ):
-        if targ.is_floating_point() and targ.ndim==inp.ndim: self.check_targ(inp, targ)
+        if isinstance(targ, torch.Tensor) and targ.is_floating_point() and targ.ndim==inp.ndim: self.check_targ(inp, targ)
         else: check_classes(self, inp, targ)
         logp = inp.log_softmax(-1)
         out = self.reduce(-(self.probs(inp, targ)*logp).sum(-1))

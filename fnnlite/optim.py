@@ -55,7 +55,7 @@ def adam_step(ps, gs, avgs, sqrs, steps, lr, betas=(.9,.999), eps=1e-8, weight_d
     torch._foreach_mul_(moves, [lr/s for s in short1])
     torch._foreach_sub_(ps, moves)
 
-# %% ../nbs/09_optim.ipynb #5047361c
+# %% ../nbs/09_optim.ipynb #1b216702
 class Optimizer(torch.optim.Optimizer):
     "An update rule with parameter groups; `memory` names what it keeps for each parameter"
     memory = ()
@@ -63,12 +63,27 @@ class Optimizer(torch.optim.Optimizer):
         params, # parameters, or groups: dicts with 'params' and options of their own
         **options, # of all groups that don't have their own
     ):
-        if options['lr']<0: raise ValueError(f"{type(self).__name__}: lr is {options['lr']}, expected at least 0")
         super().__init__(params, options)
 
+    _opt_called = True # for the schedulers, which can't see it
     def _patch_step_function(self): pass
+    def register_step_pre_hook(self, hook): raise NotImplementedError(f"{type(self).__name__} runs no step hooks: a compiled step couldn't")
+    register_step_post_hook = register_step_pre_hook
+
+    def check_options(self, group):
+        "Raise ValueError for an option that is unknown or out of range"
+        def fail(msg): raise ValueError(f"{type(self).__name__}: {msg}")
+        unknown = set(group)-set(self.defaults)-{'params','initial_lr'}
+        if unknown: fail(f"no option {sorted(unknown)}, expected {list(self.defaults)}")
+        o = {**self.defaults, **group}
+        for k in ('lr','momentum','weight_decay','eps'):
+            if k in o and not o[k]>=0: fail(f"{k} is {o[k]}, expected at least 0")
+        for k,vs in (('betas',o.get('betas',())),('alpha',(o.get('alpha',0),))):
+            if not all(0<=v<1 for v in vs): fail(f"{k} is {o[k]}, expected at least 0 and less than 1")
+        if o.get('nesterov') and not o['momentum']: fail("nesterov needs a momentum above 0")
 
     def add_param_group(self, group):
+        self.check_options(group)
         super().add_param_group(group)
         group = self.param_groups[-1]
         group['lr'] = torch.as_tensor(group['lr'], dtype=torch.float64, device='cpu').clone()
@@ -90,17 +105,17 @@ class Optimizer(torch.optim.Optimizer):
                 ps = [p for p in group['params'] if p.grad is not None]
                 if ps: self.update(ps, [p.grad for p in ps], [[self.state[p][k] for p in ps] for k in self.memory], group)
         return loss
+    step._wrapped_by_lr_sched = True
 
     def zero_grad(self, set_to_none=True):
         "Clear the gradients of all parameters"
         for group in self.param_groups: zero_grad(group['params'])
 
-# %% ../nbs/09_optim.ipynb #00d589fd
+# %% ../nbs/09_optim.ipynb #eb54bae9
 class SGD(Optimizer):
     "Stochastic gradient descent"
     memory = ('momentum_buffer',)
     def __init__(self, params, lr=1e-3, momentum:float=0., nesterov:bool=False, weight_decay:float=0.):
-        if nesterov and not momentum: raise ValueError("SGD: nesterov needs a momentum above 0")
         super().__init__(params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
     def update(self, ps, gs, memory, o): sgd_step(ps, gs, *memory, o['lr'], o['momentum'], o['nesterov'], o['weight_decay'])
 
