@@ -34,13 +34,13 @@ class Loss(Module):
         if targ.shape!=inp.shape: raise ValueError(f"{self}: targ has shape {tuple(targ.shape)}, expected {tuple(inp.shape)}")
     def extra_repr(self): return self.reduction
 
-# %% ../nbs/05_losses.ipynb #f9749603
+# %% ../nbs/05_losses.ipynb #cdb8c694
 class Mse(Loss):
     "Mean (or sum) of the squared differences; `targ` has `inp`'s shape, or lacks its last dimension of 1"
     def diff(self, inp, targ): return inp-targ.reshape(inp.shape)
 
     def forward(self, inp, targ):
-        column = inp.ndim==targ.ndim+1 and inp.shape[-1]==1 if isinstance(targ, torch.Tensor) else False
+        column = isinstance(targ, torch.Tensor) and inp.shape==(*targ.shape,1)
         self.check_targ(inp.squeeze(-1) if column else inp, targ)
         return self.reduce(self.diff(inp, targ).pow(2))
 

@@ -53,7 +53,6 @@ def check(op, layer, name, *inps, **kw):
 @random_shapes
 @given(shapes, st.integers(1, 4), st.integers(1, 4), st.booleans(), st.booleans())
 def test_lin(lead, ni, nf, bias, made):
-    bias = bias and len(lead)>0
     if made: l = Lin(ni, nf, bias=bias, dtype=torch.float64)
     else: l = Lin(rand(ni, nf), rand(nf)) if bias else Lin(rand(ni, nf))
     assert (l.b is not None)==bias and l.w.shape==(ni,nf)
