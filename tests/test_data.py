@@ -3,7 +3,6 @@ import gzip, hashlib, io, os, pickle, struct, subprocess, sys, threading, zipfil
 import numpy as np, pytest, torch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
-from itertools import zip_longest
 from PIL import Image
 
 from fnnlite import data
