@@ -32,7 +32,7 @@ def _check_pair(module, a, b):
     "Both, if `check_inp` passes them and they go together"
     return check_inp(module, a, name='a'),check_inp(module, b, a, 'b')
 
-# %% ../nbs/04_layers.ipynb #e3335ed0
+# %% ../nbs/04_layers.ipynb #0d69e991
 class Lin(Module):
     "A linear layer `inp @ w + b`: (...,ni) to (...,nf)"
     def __init__(self,
@@ -45,7 +45,8 @@ class Lin(Module):
     ):
         if not isinstance(w, Tensor):
             nf = b
-            if not isinstance(w, int) or not isinstance(nf, int): raise TypeError(f"Lin: got {w!r} and {nf!r}, expected tensors or numbers of inputs and outputs")
+            if not isinstance(w, int) or not isinstance(nf, int):
+                raise TypeError(f"Lin: got {w!r} and {nf!r}, expected tensors, or the numbers of inputs and outputs")
             w = kaiming_normal(w, nf, nonlinearity, device=device, dtype=dtype)
             b = torch.zeros(nf, device=device, dtype=dtype) if bias else None
         if w.ndim!=2 or (b is not None and b.shape!=w.shape[1:]):

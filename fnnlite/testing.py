@@ -37,7 +37,7 @@ def _named(module, args):
     inps = [(n if len(ts)==1 else f'{n}[{i}]', t) for n,v in bound.items() for ts in [floats(v)] for i,t in enumerate(ts)]
     return inps + list(module.named_parameters())
 
-# %% ../nbs/07_testing.ipynb #a9904d9c
+# %% ../nbs/07_testing.ipynb #eb15bd40
 class _Check:
     "A module with fixed random numbers and a fixed upstream gradient"
     def __init__(self, module, args):
@@ -45,7 +45,8 @@ class _Check:
         self.cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         outs,again = floats(self.run(*_twin(module, args))),floats(self.run(*_twin(module, args)))
         if not outs: raise ValueError(f"check_grads: {type(module).__name__} has no floating-point output")
-        if not all(map(torch.equal, outs, again)): raise ValueError(f"check_grads: {type(module).__name__} gives another output each time, with the same random numbers")
+        if not all(map(torch.equal, outs, again)):
+            raise ValueError(f"check_grads: {type(module).__name__} gives another output each time, with the same random numbers")
         self.gs = [torch.randn_like(o) for o in outs]
 
     def run(self, module, args):

@@ -265,3 +265,22 @@ def test_right_is_not_refused(): same(lambda: Model(Raw(right), Mse()), sgd, [(r
 def test_wrong_shape_is_refused():
     m = Model([Lin64(4, 3)], Mse())
     with pytest.raises(RuntimeError): torch.compile(step_of(m, sgd(m.parameters())), fullgraph=True, backend='eager')(rand(5, 4), rand(5))
+
+def test_scheduler_and_compiled_step():
+    "A scheduler neither breaks the graph nor makes another one."
+    torch._dynamo.reset()
+    m,count = Model([Lin(4, 3)], Mse()),CompileCounterWithBackend('eager')
+    opt = SGD(m.parameters(), lr=.1)
+    sched = torch.optim.lr_scheduler.ExponentialLR(opt, .5)
+    @torch.compile(fullgraph=True, backend=count)
+    def step(x, y):
+        m(x, y)
+        m.backward()
+        opt.step()
+        opt.zero_grad()
+    graphs = []
+    for _ in range(6):
+        step(const(torch.randn(5, 4)), const(torch.randn(5, 3)))
+        sched.step()
+        graphs.append(count.frame_count)
+    assert graphs[2]==graphs[-1] and opt.lr==.1*.5**6

@@ -264,3 +264,23 @@ def test_meta_device():
     assert out.device.type=='meta' and out.shape==(5,2,2)
     net.backward(torch.empty(5, 2, 2, device='meta'))
     assert x.g.shape==x.shape and net[1].w.g.shape==(6,4)
+
+def test_infinite_gradient_stops_where_relu_is_flat():
+    x = torch.tensor([-1.,0.,1.])
+    out = F.relu(x)
+    out.g = torch.full((3,), torch.inf)
+    F.relu_grad(out, x)
+    y = x.clone().requires_grad_()
+    assert torch.equal(x.g, torch.autograd.grad(y.relu(), y, out.g)[0])
+
+@pytest.mark.parametrize('layer', [Lin(4, 4), Relu(), Sigmoid(), Matmul(), Add(), Concat()], ids=repr)
+def test_complex_and_integers_are_refused(layer):
+    for dtype in (torch.complex64, torch.int64):
+        args = [torch.ones(4, 4, dtype=dtype)]*(2 if isinstance(layer, (Matmul,Add,Concat)) else 1)
+        with pytest.raises(TypeError, match=f'has dtype {dtype}, expected a floating-point one'): layer(*args)
+
+@pytest.mark.parametrize('layer', [Matmul(), Add(), Mul(), Concat()], ids=repr)
+def test_inputs_that_dont_go_together(layer):
+    a = torch.ones(4, 4)
+    with pytest.raises(TypeError, match='has dtype torch.float64, expected torch.float32'): layer(a, a.double())
+    with pytest.raises(ValueError, match='is on device meta, expected cpu'): layer(a, a.to('meta'))

@@ -249,3 +249,17 @@ def test_training_is_autograds(loss, cls, kw):
         losses.append((mine.item(),want.item()))
     torch.testing.assert_close(*torch.tensor(losses, dtype=torch.float64).T, rtol=1e-10, atol=0)
     assert losses[-1][0]<losses[0][0]*.8 # it learned
+
+@pytest.mark.parametrize('kw,msg', [(dict(wd=.1), r"no option \['wd'\]"), (dict(lr=-1), 'lr is -1'), (dict(lr=torch.nan), 'lr is nan'),
+    (dict(eps=-1), 'eps is -1'),
+    (dict(weight_decay=-.1), 'weight_decay is -0.1'), (dict(betas=(.9,1.)), 'betas is')])
+def test_options_of_a_group_are_checked(kw, msg):
+    with pytest.raises(ValueError, match=f'Adam: {msg}'): Adam([dict(params=[torch.zeros(2)], **kw)])
+
+def test_nesterov_in_a_group_without_momentum():
+    with pytest.raises(ValueError, match='SGD: nesterov needs a momentum'): SGD([dict(params=[torch.zeros(2)], nesterov=True)])
+
+def test_hooks_are_refused():
+    opt = SGD([torch.zeros(2)])
+    for register in (opt.register_step_pre_hook, opt.register_step_post_hook):
+        with pytest.raises(NotImplementedError, match='SGD runs no step hooks'): register(lambda *a: None)

@@ -206,3 +206,27 @@ def test_keeps_the_record_of_the_module():
 def test_pytest_does_not_collect_test_near(pytestconfig):
     "A user imports it into test files; pytest must not take it for a test there (its arguments would be fixtures it doesn't find)."
     assert test_near.__test__ is False
+
+def test_what_isnt_contiguous():
+    check_grads(Lin(torch.randn(3, 4).t(), torch.zeros(3)), torch.randn(4, 5).t(), show=False)
+
+def test_random_numbers_go_on_as_if_nothing_was_checked():
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    check_grads(Lin(4, 3), torch.randn(5, 4), show=False)
+    torch.manual_seed(3)
+    Lin(4, 3),torch.randn(5, 4)
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    l,x = Lin(4, 3),torch.randn(5, 4)
+    check_grads(l, x, show=False)
+    assert torch.equal(torch.get_rng_state(), after)
+
+def test_forward_that_is_not_a_function_is_refused():
+    class Counts(Module):
+        n = 0
+        def forward(self, x):
+            Counts.n += 1
+            return x*Counts.n
+        def bwd(self, out, x): x.g = out.g*Counts.n
+    with pytest.raises(ValueError, match='Counts gives another output each time'): check_grads(Counts(), torch.randn(3))
