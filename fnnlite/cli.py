@@ -42,7 +42,7 @@ def mlp(
         layers.append(Lin(ni, nf))
     return Sequential(*layers)
 
-# %% ../nbs/13_cli.ipynb #5e07f2ba
+# %% ../nbs/13_cli.ipynb #ee342c6d
 def _usable(device):
     "The device of that name, if a number can be put there and read back; else ValueError"
     try:
@@ -91,8 +91,8 @@ def fnnlite_train(
         write_file(out/'.writable', b'') # rather an error now than after the training
         (out/'.writable').unlink()
         learn.fit(epochs)
-        write_file(out/'history.csv', learn.history.to_csv().encode())
         if learn.history:
+            write_file(out/'history.csv', learn.history.to_csv().encode())
             import matplotlib
             with matplotlib.rc_context({'backend': 'agg'}): learn.plot_losses().savefig(out/'curves.png', dpi=120)
         if learn.interrupted:

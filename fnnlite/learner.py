@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['accuracy', 'Learner']
 
-# %% ../nbs/12_learner.ipynb #cc97b42a
+# %% ../nbs/12_learner.ipynb #c0e4ac45
 from contextlib import contextmanager
 import torch
+from fastcore.basics import listify
 from .callback import *
-from . import callback as cb
 from .model import evaluating
 from .record import const
 
@@ -18,7 +18,7 @@ def accuracy(pred, targ):
     "The part of the rows of `pred` (n,C) whose largest element is at `targ` (n)"
     return (pred.argmax(-1)==targ).double().mean()
 
-# %% ../nbs/12_learner.ipynb #114123e0
+# %% ../nbs/12_learner.ipynb #cbd7b9b6
 class Learner:
     "A model, data and an optimizer, and the loop that brings them together"
     def __init__(self,
@@ -28,10 +28,12 @@ class Learner:
         metrics=(), # functions of (pred, targ)
         cbs=(), # callbacks
     ):
-        self.model,self.dls,self.metrics = model,dls,tuple(metrics)
+        self.model,self.dls,self.metrics = model,dls,tuple(listify(metrics))
         self.opt = opt if isinstance(opt, torch.optim.Optimizer) else opt(model.parameters())
+        mine = set(model.parameters())
+        if not any(p in mine for g in self.opt.param_groups for p in g['params']): raise ValueError("Learner: opt has none of the model's parameters")
         self.history,self.epoch,self.n_epoch,self.training = History(),0,0,False
-        self.cbs = [Recorder(),StopAtNonFinite(),Progress(),*(o() if isinstance(o, type) else o for o in cbs)]
+        self.cbs = [Recorder(),StopAtNonFinite(),Progress(),*(o() if isinstance(o, type) else o for o in listify(cbs))]
 
     @property
     def device(self): return next(self.model.parameters()).device
@@ -54,7 +56,7 @@ class Learner:
         try:
             self(f'before_{name}')
             f()
-        except getattr(cb, f'Cancel{name.title()}Exception'): self(f'after_cancel_{name}')
+        except cancels[name]: self(f'after_cancel_{name}')
         self(f'after_{name}')
 
     def fit(self,
@@ -124,7 +126,7 @@ class Learner:
     def plot_losses(self, ax=None):
         "Losses by epoch, and the metrics beside them"
         import matplotlib.pyplot as plt
-        names = [m.__name__ for m in self.metrics]
+        names = list(map(metric_name, self.metrics))
         if ax is None: ax = plt.subplots(1, 2 if names else 1, figsize=(8 if names else 4, 3), squeeze=False, layout='constrained')[1][0]
         for a,keys in zip(ax, (['train_loss','valid_loss'],names)):
             for k in keys:

@@ -161,7 +161,7 @@ def fastai(n_epoch, n_train, n_valid, at=None, exc=None):
         try:
             ev(f'before_{name}')
             f()
-        except getattr(cb, f'Cancel{name.title()}Exception'): ev(f'after_cancel_{name}')
+        except cb.cancels[name]: ev(f'after_cancel_{name}')
         ev(f'after_{name}')
     def batch(training):
         ev('after_pred')
@@ -191,7 +191,7 @@ def test_events_in_order():
 @pytest.mark.parametrize('part', ['fit','epoch','train','validate','batch','backward','step'])
 def test_cancel_does_what_fastai_does(part):
     "Raised in turn at every event of a run; where no such part is under way, it comes out of `fit`, after the clean-up that is ours."
-    exc = getattr(cb, f'Cancel{part.title()}Exception')
+    exc = cb.cancels[part]
     n = len(fastai(2, 2, 1)[0])
     model,dls,wrong = net(),data(bs=16, valid_bs=8),[]
     for at in range(n):
@@ -227,7 +227,7 @@ def raises(exc, first=True):
         if not first or self.epoch==0: raise exc
     return f
 
-@pytest.mark.parametrize('event,exc', [('before_validate',cb.CancelValidateException), ('before_epoch',cb.CancelEpochException),
+@pytest.mark.parametrize('event,exc', [('before_validate',cb.CancelValidException), ('before_epoch',cb.CancelEpochException),
     ('after_train',cb.CancelEpochException), ('before_train',cb.CancelTrainException)], ids=lambda o: o if isinstance(o, str) else o.__name__)
 def test_history_of_a_cancelled_epoch(event, exc):
     "Its row may lack numbers; the table, the CSV and the plot of the run are made all the same."
@@ -430,3 +430,12 @@ print(cell.outputs[-1]['data']['text/markdown'])
     assert p.returncode==0, p.stderr
     assert Counter(p.stdout.split())['application/vnd.jupyter.widget-view+json']==1
     assert p.stdout.strip().splitlines()[-5].startswith('| epoch | train_loss | valid_loss | time |')
+
+def test_optimizer_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="opt has none of the model's parameters"): learner(opt=SGD(net().parameters(), lr=.1))
+
+def test_single_callback_and_metric_without_a_name():
+    def top(pred, targ, k): return (pred.topk(k).indices==targ[:,None]).any(1).double().mean()
+    learn = Learner(net(), data(), partial(SGD, lr=.1), partial(top, k=2), Log())
+    learn.fit(1)
+    assert 0<=learn.history[0]['top']<=1 and 'before_fit' in learn.cbs[-1].seen
