@@ -16,14 +16,17 @@ from torch.compiler import is_compiling
 class GradError(RuntimeError):
     "A gradient would be wrong or lost; the message names the module and the tensor"
 
-# %% ../nbs/00_record.ipynb #d3c01ab0
+# %% ../nbs/00_record.ipynb #b1ef4475
 def tensors(
     o, # a tensor, or nested tuples, lists and dicts of them
 )->list:
-    "The tensors in `o`, in order"
+    "The tensors in `o`, in order; GradError for an object of another kind that holds some"
     if isinstance(o, Tensor): return [o]
     if isinstance(o, dict): o = o.values()
-    elif not isinstance(o, (list,tuple)): return []
+    elif not isinstance(o, (list,tuple)):
+        if not isinstance(o, (int,float,str,nn.Module,type(None))) and any(isinstance(v, Tensor) for v in getattr(o, '__dict__', {}).values()):
+            raise GradError(f"a {type(o).__name__} hides tensors from the record of a call: pass tensors, or tuples, lists and dicts of them")
+        return []
     return [t for v in o for t in ([v] if isinstance(v, Tensor) else tensors(v))]
 
 def maptree(f, o):

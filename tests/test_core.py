@@ -565,6 +565,18 @@ class Raw(Module):
     def __init__(self, f): self.a,self.b,self.add,self.act,self.f = Lin64(4, 4),Lin64(4, 4),Add(),Sigmoid(),f
     def forward(self, x): return self.f(self, x)
 
+class Box:
+    def __init__(self, t): self.t = t
+class Unbox(Module):
+    def forward(self, box): return box.t*2
+    def bwd(self, out, box): pass
+
+def test_tensors_in_other_objects_are_refused():
+    m = Raw(lambda m,x: m.add(m.b(x), Unbox()(Box(m.a(x)))))
+    with pytest.raises(GradError, match='a Box hides tensors from the record'): m(rand(4, 4))
+    with pytest.raises(GradError, match='a Box hides tensors from the record'): Raw(lambda m,x: Box(m.a(x)))(rand(4, 4))
+    with torch.no_grad(): Raw(lambda m,x: Box(m.a(x)))(rand(4, 4))
+
 def raw_path(m, x): return m.b(m.a(x)*2)
 def raw_side(m, x):
     h = m.a(x)
