@@ -28,7 +28,7 @@ def _bare(t):
         _bare_of[t] = weakref.ref(bare)
     return bare
 
-# %% ../nbs/01_core.ipynb #a9176829
+# %% ../nbs/01_core.ipynb #c4caaa6c
 class Module(nn.Module, metaclass=PrePostInitMeta):
     "A `torch.nn.Module` whose calls leave a record and whose `bwd` is written by hand, or is the chain rule over its parts"
     def __pre_init__(self, *args, **kwargs):
@@ -78,6 +78,9 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         call = None if autograd else self._record(parent, args, kwargs, inps, params)
         _running.call = None if call is None or self.has_bwd else call
         try: out = self._forward(call, args, kwargs)
+        except BaseException:
+            if call is not None and parent is not None: parent.calls.extend(call.calls) # who catches it may go on with what they made
+            raise
         finally: _running.call = parent
         return out if call is None else self._recorded(call, parent, out)
 

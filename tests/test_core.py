@@ -713,6 +713,20 @@ def test_failed_forward_leaves_the_thread_clean():
     x = rand(2, 4)*2 # at the top, inputs may come from anywhere
     assert_grads(Lin64(4, 4), x)
 
+def test_what_a_failed_forward_had_made_may_be_used():
+    "The net catches the error and goes on with an activation from inside: the calls that made it stay in the record."
+    class Half(Module):
+        def __init__(self): self.a = Lin64(4, 4)
+        def forward(self, x):
+            self.kept = self.a(x)
+            raise KeyError
+    class Net(Module):
+        def __init__(self): self.inner,self.b = Half(),Lin64(4, 4)
+        def forward(self, x):
+            try: return self.inner(x)
+            except KeyError: return self.b(self.inner.kept)
+    assert_grads(Net(), rand(3, 4))
+
 def test_layer_that_calls_modules_inside():
     "A bwd of one's own over parts that are modules, called back by hand."
     class Block(Module):
