@@ -8,6 +8,7 @@ from .core import Module
 from .layers import Add, Concat, Dropout, Flatten, Lin, Log, LogSoftmax, Matmul, Mul, Relu, Reshape, Sigmoid, Softmax, Tanh
 from .losses import BCEWithLogits, CrossEntropy, Mse, NLL
 from .model import Model, Sequential
+from .bridge import Wrap
 from .optim import SGD, Adam, AdamW, RMSprop
 from .testing import check_grads, test_near
 
@@ -15,7 +16,7 @@ from .testing import check_grads, test_near
 _when_used = {'DataLoaders':'data', 'load_mnist':'data', 'Learner':'learner', 'accuracy':'learner'}
 
 __all__ = ['GradError', 'const', 'wants', 'Module', 'Add', 'Concat', 'Dropout', 'Flatten', 'Lin', 'Log', 'LogSoftmax', 'Matmul', 'Mul', 'Relu', 'Reshape',
-    'Sigmoid', 'Softmax', 'Tanh', 'BCEWithLogits', 'CrossEntropy', 'Mse', 'NLL', 'Model', 'Sequential', 'SGD', 'Adam', 'AdamW', 'RMSprop',
+    'Sigmoid', 'Softmax', 'Tanh', 'BCEWithLogits', 'CrossEntropy', 'Mse', 'NLL', 'Model', 'Sequential', 'Wrap', 'SGD', 'Adam', 'AdamW', 'RMSprop',
     'check_grads', 'test_near', *_when_used]
 
 def __getattr__(name):

@@ -167,26 +167,29 @@ def _fetch(name, timeout=30): # seconds without a sign of life
         except Exception as e: answers.append(f'{url}: {type(e).__name__}: {e}') # noqa: BLE001 whatever it is, the next may do
     raise DataError('\n  '.join([f'{name}: no mirror gave it; expected sha256 {MNIST_FILES[name]}', *answers]))
 
+def _cache(): return xdg_cache_home()/'fnnlite'
+def _missing(cache): return [name for name,sha in MNIST_FILES.items() if not (path := cache/name).is_file() or _sha(path.read_bytes())!=sha]
+
 def _download():
     "The cache folder, with the four files in it"
-    cache = xdg_cache_home()/'fnnlite'
-    for name,sha in MNIST_FILES.items():
-        path = cache/name
-        if path.is_file() and _sha(path.read_bytes())==sha: continue
+    cache = _cache()
+    for name in _missing(cache):
         data = _fetch(name)
         cache.mkdir(parents=True, exist_ok=True)
         fd,tmp = tempfile.mkstemp(dir=cache)
         try:
             with open(fd, 'wb') as f: f.write(data)
-            os.replace(tmp, path)
+            os.replace(tmp, cache/name)
         except BaseException: os.unlink(tmp); raise
     return cache
 
 # %% ../nbs/08_data.ipynb #b4c63dd1
 def load_mnist(
-    source=None, # `None`: the sample that comes with fnnlite; a path: see below; 'full': all of MNIST, downloaded once
+    source=None, # `None`: the sample that comes with fnnlite; a path: see below; 'full': all of MNIST, downloaded once;
+    # 'local': all of it if it's here already, else the sample
 )->Mnist:
     "The training and validation digits; `DataError` if `source` holds none"
+    if source=='local': source = 'full' if os.environ.get('FNNLITE_DATA') or not _missing(_cache()) else None
     if source is None: return _from_npz(files('fnnlite')/'mnist'/'sample.npz')
     if source=='full': source = os.environ.get('FNNLITE_DATA') or _download()
     path = Path(source).expanduser()

@@ -2,7 +2,8 @@
 import inspect
 import pytest, torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from fnnlite import layers, losses, optim
+from fnnlite import bridge, layers, losses, optim
+from fnnlite.bridge import Wrap
 from fnnlite.core import Module
 from fnnlite.layers import Add, Concat, Dropout, Flatten, Lin, Log, LogSoftmax, Matmul, Mul, Relu, Reshape, Sigmoid, Softmax, Tanh
 from fnnlite.losses import BCEWithLogits, CrossEntropy, Mse, NLL
@@ -29,7 +30,8 @@ class TwoArgs(Module):
 layer_cases = {Lin: lambda: Lin64(4, 4), Relu: lambda: Relu(.1, .2, 1.), Sigmoid: Sigmoid, Tanh: Tanh, Softmax: Softmax, LogSoftmax: LogSoftmax,
     Log: lambda: Sequential(Sigmoid(), Log()), Matmul: lambda: TwoArgs(Matmul()), Add: lambda: TwoArgs(Add()), Mul: lambda: TwoArgs(Mul()),
     Concat: lambda: Sequential(TwoArgs(Concat()), Lin64(8, 4)), Reshape: lambda: Sequential(Reshape(2, 8), Reshape(4, -1)),
-    Flatten: lambda: Sequential(Reshape(4, 2, 2), Flatten()), Dropout: Dropout}
+    Flatten: lambda: Sequential(Reshape(4, 2, 2), Flatten()), Dropout: Dropout,
+    Wrap: lambda: Sequential(Wrap(torch.nn.LayerNorm(4).double()), Wrap(torch.sin))}
 loss_cases = {Mse: (Mse, lambda: rand(4, 4)), CrossEntropy: (lambda: CrossEntropy(smoothing=.1), lambda: torch.randint(0, 4, (4,))),
     NLL: (NLL, lambda: torch.randint(0, 4, (4,))), BCEWithLogits: (lambda: BCEWithLogits('sum'), lambda: rand(4, 4).sigmoid())}
 opt_cases = {SGD: dict(momentum=.9, nesterov=True, weight_decay=.1), RMSprop: dict(momentum=.9, weight_decay=.1), Adam: dict(weight_decay=.1), AdamW: {}}
@@ -39,7 +41,7 @@ each_module = pytest.mark.parametrize('cls,layer,loss,targ', module_cases, ids=[
 def public(module, base): return {c for n in module.__all__ if inspect.isclass(c := getattr(module, n)) and issubclass(c, base)}
 
 def test_every_class_has_a_case():
-    assert public(layers, Module)==set(layer_cases) and public(losses, Module)-{losses.Loss}==set(loss_cases)
+    assert public(layers, Module)|public(bridge, Module)==set(layer_cases) and public(losses, Module)-{losses.Loss}==set(loss_cases)
     assert public(optim, torch.optim.Optimizer)-{optim.Optimizer}==set(opt_cases)
     for cls,make,*_ in module_cases: # and it is in its case
         if cls in layer_cases: assert any(type(m) is cls for m in make().modules())

@@ -411,6 +411,17 @@ def test_env(folder, monkeypatch, cache):
     monkeypatch.setenv('FNNLITE_DATA', '')
     with pytest.raises(DataError, match='no mirror'): load_mnist('full')
 
+def test_local(server, folder, monkeypatch, cache):
+    "All of it where it is, and no download where it isn't."
+    mirrors(server, 'good')
+    assert len(load_mnist('local').x_train)==10_000 and not server.asked
+    load_mnist('full')
+    check(load_mnist('local'))
+    (cache/NAMES[1]).unlink()
+    assert len(load_mnist('local').x_train)==10_000 and len(server.asked)==4
+    monkeypatch.setenv('FNNLITE_DATA', str(folder))
+    check(load_mnist('local'))
+
 # Batches
 
 def arrays(n=103): return torch.arange(n*3.).view(n, 3), torch.arange(n)
