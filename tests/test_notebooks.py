@@ -8,7 +8,8 @@ notebooks = sorted(p.relative_to(root) for p in (root/'nbs').rglob('*.ipynb') if
 def run(module, *args, cwd=root):
     "A command of nbdev, in this interpreter's environment."
     code = f"from nbdev.{module[0]} import {module[1]}; {module[1]}()"
-    env = {**os.environ, 'MPLBACKEND':'agg', 'IN_TEST':''}
+    # the lessons on the sample, whatever else this machine has; one thread each, or the notebooks wait for each other's
+    env = {**os.environ, 'MPLBACKEND':'agg', 'IN_TEST':'', 'FNNLITE_DATA':str(root/'fnnlite'/'mnist'/'sample.npz'), 'OMP_NUM_THREADS':'1'}
     p = subprocess.run([sys.executable, '-c', code, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
     assert p.returncode==0, p.stdout+p.stderr
     return p.stdout
