@@ -78,6 +78,7 @@ class NLL(Loss):
 # %% ../nbs/05_losses.ipynb #ae107266
 class CrossEntropy(Loss):
     "-Σ t log softmax(inp) over the last dimension; `inp` (...,C), `targ` class indices (...) or probabilities (...,C)"
+    keeps = ('logp',)
     def __init__(self,
         reduction:str='mean', # over the items: 'mean' or 'sum'
         smoothing:float=0., # of the labels, 0 to 1

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['GradError', 'tensors', 'maptree', 'is_float', 'is_param', 'floats', 'const', 'wants', 'Tape', 'path', 'Call', 'grad',
-           'Walk', 'Chain', 'origin']
+           'Walk', 'Chain', 'origin', 'StandIn', 'stand_in_class', 'stand_in', 'Hole', 'Node', 'under_autograd']
 
 # %% ../nbs/00_record.ipynb #1a5ea008
 from inspect import signature
 import torch
 from torch import nn, Tensor
+from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 # %% ../nbs/00_record.ipynb #6e2712e3
@@ -29,12 +30,12 @@ def tensors(
         return []
     return [t for v in o for t in ([v] if isinstance(v, Tensor) else tensors(v))]
 
-def maptree(f, o):
-    "`o` with `f` applied to each tensor in it"
-    if isinstance(o, Tensor): return f(o)
-    if isinstance(o, dict): return {k:maptree(f,v) for k,v in o.items()}
+def maptree(f, o, kind=Tensor):
+    "`o` with `f` applied to each tensor (or other `kind`) in it"
+    if isinstance(o, kind): return f(o)
+    if isinstance(o, dict): return {k:maptree(f,v,kind) for k,v in o.items()}
     if not isinstance(o, (list,tuple)): return o
-    new = [maptree(f,v) for v in o]
+    new = [maptree(f,v,kind) for v in o]
     return type(o)(*new) if hasattr(o, '_fields') else type(o)(new)
 
 def is_float(t): return t.is_floating_point() or t.is_complex()
@@ -60,12 +61,14 @@ def wants(t:Tensor)->bool:
 # %% ../nbs/00_record.ipynb #f6eda1fb
 class Tape:
     "What the calls inside one outermost call have in common; emptied when its forward is done"
-    def __init__(self, root, inps): self.root,self.inps = root,inps
+    def __init__(self, root, inps): self.root,self.inps,self.autograd = root,inps,False
 
     def knows(self, t):
         "Does a gradient that reaches `t` go on from there, or rightly end there?"
-        return (getattr(t, 'tape', None) is self or is_param(t) or not wants(t) or t.requires_grad
-                or any(t is i for i in self.inps) or any(t is b for b in self.root.buffers()))
+        known = (getattr(t, 'tape', None) is self or is_param(t) or not wants(t) or t.requires_grad
+                 or any(t is i for i in self.inps) or any(t is b for b in self.root.buffers()))
+        if not known: self.autograd = any(p.requires_grad for p in self.root.parameters()) # which needs no record
+        return known or self.autograd
 
 # %% ../nbs/00_record.ipynb #28598eda
 def _versions(ts):
@@ -79,8 +82,14 @@ def _check_versions(ts, versions, fail):
         for a,b in zip(now, versions): torch._check(a==b, lambda: 'a tensor was changed in place after it was recorded')
     elif now!=versions: fail(next(t for t,a,b in zip(ts, now, versions) if a!=b))
 
+def _autocast(ts):
+    "The kind of device that `ts` are on, and the dtype that autocast has there; None where it is off"
+    device = ts[0].device.type if ts else 'cpu'
+    return device,torch.get_autocast_dtype(device) if device!='meta' and torch.is_autocast_enabled(device) else None
+
 def path(module, root):
     "How errors name `module`: its class, and where it sits in `root`"
+    module = getattr(module, '_real', module) # what a stand-in stands in for
     name = next((n for n,m in root.named_modules() if m is module), '')
     return f"{type(module).__name__} ({name})" if name else type(module).__name__
 
@@ -90,6 +99,7 @@ class Call:
     def __init__(self, module, args, kwargs, tape, inps, params):
         self.module,self.args,self.kwargs,self.tape,self.inps,self.params = module,args,kwargs,tape,inps,params
         self.out,self.outs,self.calls,self.chain,self.nested = None,[],[],None,False
+        self.autocast = _autocast(inps or params)
         self.noted = tensors(args)+tensors(kwargs)+params if module.has_bwd else []
         self.versions = _versions(self.noted)
 
@@ -166,20 +176,26 @@ class Walk:
         priors = [self.collected(call, t) for t,_ in wanted]
         aside = [(t,grad(t)) for t in call.inps+call.params if not wants(t)]
         self.undo += [(t,grad(t),t.grad) for t,_ in wanted if is_param(t)]
-        for _,alias in wanted: alias.g = None
-        upstream = [o.g for o in call.outs]
-        versions = _versions(upstream)
-        call.module.bwd(call.out, *args, **kwargs)
-        _check_versions(upstream, versions, lambda g: self.fail(call, call.outs[0], "had its .g changed in place by bwd"))
-        taken = upstream+call.inps
-        for (t,alias),prior in zip(wanted, priors):
-            g = self.checked(call, t, grad(alias), taken)
+        gs = self.assigned(call, args, kwargs, wanted)
+        for (t,alias),prior,g in zip(wanted, priors, gs):
             if t is not alias: prior = grad(t) # the same tensor once more
             if g is None: g = prior
             elif prior is not None: g = prior+g
             t.g = g
             if is_param(t): t.grad = g
         for t,g in aside: t.g = g
+
+    def assigned(self, call, args, kwargs, wanted):
+        "Run the module's own `bwd`, under the autocast of its forward; what it assigned to each alias in `wanted`, if it may pass"
+        for _,alias in wanted: alias.g = None
+        upstream = [o.g for o in call.outs]
+        versions,(device,dtype) = _versions(upstream),call.autocast
+        if call.autocast==_autocast(call.inps or call.params): call.module.bwd(call.out, *args, **kwargs)
+        else:
+            with torch.autocast(device, dtype, enabled=dtype is not None): call.module.bwd(call.out, *args, **kwargs)
+        _check_versions(upstream, versions, lambda g: self.fail(call, call.outs[0], "had its .g changed in place by bwd"))
+        taken = upstream+call.inps
+        return [self.checked(call, t, grad(alias), taken) for t,alias in wanted]
 
     def targets(self, call):
         "The arguments for `bwd`, and pairs of a tensor that wants a gradient and the alias whose `.g` is `bwd`'s to assign"
@@ -204,13 +220,15 @@ class Walk:
 
     def checked(self, call, t, g, taken):
         "The gradient `g` that `bwd` assigned to `t`, if it may pass; a parameter's in memory of its own"
+        own = is_param(t) or any(t is p for p in call.params)
         if g is None:
-            if is_param(t) or hasattr(t, 'tape'): self.fail(call, t, "got no .g: bwd must assign it")
+            if own or hasattr(t, 'tape'): self.fail(call, t, "got no .g: bwd must assign it")
             return
         if not isinstance(g, Tensor): self.fail(call, t, f"got a .g of type {type(g).__name__}, expected a tensor")
+        if call.autocast[1] and g.is_floating_point() and t.is_floating_point(): g = g.to(t.dtype)
         if g.shape!=t.shape or g.dtype!=t.dtype:
             self.fail(call, t, f"got a .g of {tuple(g.shape)} {g.dtype}, expected {tuple(t.shape)} {t.dtype}")
-        if is_param(t):
+        if own:
             shared = g._base is not None or any(g is o for o in taken) if is_compiling() else _memory(g) in map(_memory, taken)
             if shared: g = g.clone()
         taken.append(g)
@@ -224,3 +242,94 @@ def origin(t):
     "Where `t.g` came from: a `Chain`, None (the library's own, at an end of a pass), or 'author' (assigned by hand)"
     g,chain = getattr(t, 'g_from', (None,None))
     return chain if grad(t) is g else 'author'
+
+# %% ../nbs/00_record.ipynb #7b1e04ab
+class StandIn:
+    "A module as its `bwd` sees it under autograd: each parameter is an alias, whose `.g` may be assigned"
+    def _seen(self, v):
+        if isinstance(v, Tensor): return self._aliases.get(v, v)
+        return stand_in(v, self._aliases) if isinstance(v, nn.Module) else v
+    def __getattr__(self, k):
+        v = getattr(self._real, k)
+        return {n:self._seen(o) for n,o in v.items()} if k in ('_parameters','_modules') else self._seen(v)
+    def __setattr__(self, k, v): setattr(self._real, k, v)
+    def backward(self, g=None, free=False): raise GradError(
+        f"{type(self).__name__}: backward() inside a bwd finds no record under autograd; leave the bwd around it to the chain rule, or write it out")
+
+_stand_ins = {}
+def stand_in_class(cls):
+    "Instances of it pass for ones of `cls`, so that methods and `super()` work; it must be made before anything is compiled"
+    if cls not in _stand_ins: _stand_ins[cls] = type(cls.__name__, (StandIn,cls), {})
+    return _stand_ins[cls]
+
+def stand_in(
+    module, # any module
+    aliases:dict, # for its parameters, and those of the modules in it
+):
+    "What `bwd` gets for `self`"
+    new = object.__new__(stand_in_class(type(module)))
+    object.__setattr__(new, '_real', module)
+    object.__setattr__(new, '_aliases', aliases)
+    return new
+
+# %% ../nbs/00_record.ipynb #7b1e04ac
+class Hole:
+    "Where a tensor was in nested arguments or outputs"
+def _holes(o): return maptree(lambda t: Hole(), o)
+def _fill(o, ts): return maptree(lambda _: next(ts), o, Hole)
+
+def _kept(module, o):
+    "What `forward` kept on its output `o`; a compiler must be told the names"
+    if is_compiling(): return {k:getattr(o, k) for k in module.keeps if hasattr(o, k)}
+    return {k:v for k,v in vars(o).items() if k!='const'}
+
+class Node(torch.autograd.Function):
+    "A call as a node in autograd's graph: `forward` as it is, and the module's own `bwd` for the way back"
+    @staticmethod
+    def forward(ctx, module, root, args, kwargs, *ts):
+        ctx.module,ctx.root,ctx.autocast = module,root,_autocast(ts)
+        device,dtype = ctx.autocast
+        if dtype is None: out = module.forward(*args, **kwargs)
+        else: # torch 2.10 would find a weight cast here, without grad, in its cache where it is used next
+            with torch.autocast(device, dtype, cache_enabled=False): out = module.forward(*args, **kwargs)
+        outs = [o.detach() for o in tensors(out)]
+        kept = [{} if any(o is t for t in ts) else _kept(module, o) for o in tensors(out)]
+        ctx.trees = _holes((args,kwargs,out,kept))
+        ctx.mark_non_differentiable(*[d for d,o in zip(outs, tensors(out)) if not wants(o)])
+        ctx.save_for_backward(*ts, *outs, *tensors(kept))
+        return _holes(out),*outs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _, *gs):
+        (args,kwargs,out,kept),module = ctx.trees,ctx.module
+        real,saved = module._bwd_params(),ctx.saved_tensors
+        n = len(ctx.needs_input_grad)-4
+        ts = [t.detach() if asked else const(t) for t,asked in zip(saved, ctx.needs_input_grad[4:])]
+        params = ts[n-len(real):]
+        args,kwargs = _fill((args,kwargs), iter(ts))
+        out,kept = _fill((out,kept), iter([t.detach() for t in saved[n:]]))
+        for o,g,attrs in zip(tensors(out), gs, kept):
+            for k,v in attrs.items(): setattr(o, k, v)
+            o.g = g
+        call = Call(stand_in(module, dict(zip(real, params))), args, kwargs, None, floats(ts[:n-len(real)]), params)
+        call.autocast = ctx.autocast
+        call.done(out)
+        wanted = [t for t in call.inps+params if wants(t)]
+        for t in wanted: t.tape = None
+        found = dict(zip(wanted, Walk(ctx.root, False).assigned(call, args, kwargs, [(t,t) for t in wanted])))
+        if not is_compiling(): # from here on .grad is autograd's, and an earlier .g would contradict it
+            for t in (*real,*saved): vars(t).pop('g', None)
+        return None,None,None,None,*[found.get(t) for t in ts]
+
+def under_autograd(
+    module, # with a `bwd` of its own
+    root, # the module whose call this one is part of, for errors
+    args, kwargs,
+):
+    "`module(*args, **kwargs)` as one `Node`"
+    ts = tensors(args)+tensors(kwargs)+module._bwd_params()
+    out,*outs = Node.apply(module, root, args, kwargs, *[t if wants(t) else t.detach() for t in ts])
+    for o in outs:
+        if not o.requires_grad: o.const = True
+    return _fill(out, iter(outs))
