@@ -252,6 +252,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fnnlite.losses.Loss.__init__': ('losses.html#loss.__init__', 'fnnlite/losses.py'),
                                 'fnnlite.losses.Loss.check_targ': ('losses.html#loss.check_targ', 'fnnlite/losses.py'),
                                 'fnnlite.losses.Loss.extra_repr': ('losses.html#loss.extra_repr', 'fnnlite/losses.py'),
+                                'fnnlite.losses.Loss.full': ('losses.html#loss.full', 'fnnlite/losses.py'),
                                 'fnnlite.losses.Loss.reduce': ('losses.html#loss.reduce', 'fnnlite/losses.py'),
                                 'fnnlite.losses.Loss.upstream': ('losses.html#loss.upstream', 'fnnlite/losses.py'),
                                 'fnnlite.losses.Mse': ('losses.html#mse', 'fnnlite/losses.py'),

@@ -295,14 +295,16 @@ class Node(torch.autograd.Function):
         outs = [o.detach() for o in tensors(out)]
         kept = [{} if any(o is t for t in ts) else _kept(module, o) for o in tensors(out)]
         ctx.trees = _holes((args,kwargs,out,kept))
-        ctx.mark_non_differentiable(*[d for d,o in zip(outs, tensors(out)) if not wants(o)])
+        unwanted = [d for d,o in zip(outs, tensors(out)) if not wants(o)]
+        if unwanted: ctx.mark_non_differentiable(*unwanted)
         ctx.save_for_backward(*ts, *outs, *tensors(kept))
-        return _holes(out),*outs
+        return outs[0] if isinstance(out, Tensor) else (out,*outs) # autograd sees tensors at the top only
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _, *gs):
+    def backward(ctx, *gs):
         (args,kwargs,out,kept),module = ctx.trees,ctx.module
+        if not isinstance(out, Hole): gs = gs[1:]
         real,saved = module._bwd_params(),ctx.saved_tensors
         n = len(ctx.needs_input_grad)-4
         ts = [t.detach() if asked else const(t) for t,asked in zip(saved, ctx.needs_input_grad[4:])]
@@ -329,7 +331,10 @@ def under_autograd(
 ):
     "`module(*args, **kwargs)` as one `Node`"
     ts = tensors(args)+tensors(kwargs)+module._bwd_params()
-    out,*outs = Node.apply(module, root, args, kwargs, *[t if wants(t) else t.detach() for t in ts])
-    for o in outs:
+    out = Node.apply(module, root, args, kwargs, *[t if wants(t) else t.detach() for t in ts])
+    if isinstance(out, tuple):
+        outs = iter(out[1:])
+        out = maptree(lambda _: next(outs), out[0])
+    for o in tensors(out):
         if not o.requires_grad: o.const = True
-    return _fill(out, iter(outs))
+    return out

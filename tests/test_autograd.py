@@ -532,3 +532,143 @@ def test_training_equals_torchs_layers():
             losses.append(loss.item())
     torch.testing.assert_close(losses[:10], losses[10:])
     assert losses[0]!=losses[1]
+
+@pytest.mark.filterwarnings('ignore:`torch.jit:DeprecationWarning') # torch's own, as it imports what jvp needs
+def test_torch_func_and_forward_mode():
+    "Where nothing requires grad, forward-mode and vmap find plain torch operations; a node refuses both, and torch.func, in torch's words."
+    import torch.autograd.forward_ad as fw
+    m,x = Sequential(Lin64(4, 3), Tanh()),rand(5, 4)
+    def f(x): return (x@m[0].w+m[0].b).tanh()
+    v = torch.ones_like(x)
+    def dual():
+        with fw.dual_level(): return fw.unpack_dual(m(fw.make_dual(x, v))).tangent
+    torch.testing.assert_close(torch.func.vmap(m)(x), f(x))
+    torch.testing.assert_close(torch.func.jvp(m, (x,), (v,)), torch.func.jvp(f, (x,), (v,)))
+    torch.testing.assert_close(dual(), torch.func.jvp(f, (x,), (v,))[1])
+    def of_grad(): return torch.func.grad(lambda x: m(x).sum())(x)
+    refused = dict(expected_exception=RuntimeError, match='must override the setup_context')
+    with pytest.raises(**refused): of_grad()
+    m.requires_grad_()
+    with pytest.raises(**refused): of_grad()
+    with pytest.raises(**refused): torch.func.vmap(m)(x)
+    with pytest.raises(NotImplementedError, match='You must implement the jvp'): dual()
+    with through_forward(): # which differentiates `forward`
+        torch.testing.assert_close(of_grad(), torch.func.grad(lambda x: f(x).sum())(x))
+        torch.testing.assert_close(torch.func.vmap(m)(x), f(x))
+
+
+# Autocast and loss scaling
+
+def twins(loss=nn.functional.mse_loss):
+    "A net, and the same of torch's layers"
+    m = Model([Lin(20, 30), Relu(), Lin(30, 10), LogSoftmax(), Lin(10, 5)], Mse() if loss is nn.functional.mse_loss else CrossEntropy())
+    t = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10), nn.LogSoftmax(-1), nn.Linear(10, 5))
+    with torch.no_grad():
+        for i in (0,2,4):
+            t[i].weight.copy_(m.layers[i].w.t())
+            t[i].bias.copy_(m.layers[i].b)
+    return m,lambda x,y: loss(t(x), y),[p for i in (0,2,4) for p in t[i].parameters()]
+
+def transposed_like(gs, ps): return [g.t() if g.shape!=p.shape else g for g,p in zip(gs, ps)]
+
+@pytest.mark.parametrize('loss', [nn.functional.mse_loss, nn.functional.cross_entropy], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('how', ['autograd','records'])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(loss, how, dtype):
+    "Gradients in the parameters' dtype, as far from float32's as those of torch's layers are"
+    m,twin,ws = twins(loss)
+    x,y = torch.randn(64, 20),torch.randn(64, 5) if loss is nn.functional.mse_loss else classes(64, 5)
+    x.requires_grad_(how=='autograd')
+    m.requires_grad_(how=='autograd')
+    exact = torch.autograd.grad(twin(x, y), ws)
+    with torch.autocast('cpu', dtype):
+        ref = torch.autograd.grad(twin(x, y), ws)
+        out = m(x, y)
+        if how=='autograd': assert m.layers(x).dtype==dtype
+    if how=='autograd': out.backward()
+    else: m.backward()
+    ps = list(m.parameters())
+    assert all(p.grad.dtype==torch.float32 for p in ps) and (x.grad if how=='autograd' else x.g).dtype==torch.float32
+    eps = torch.finfo(dtype).eps
+    for p,r,e in zip(ps, transposed_like(ref, ps), transposed_like(exact, ps)):
+        off,usual = (p.grad-e).norm()/e.norm(),(r-e).norm()/e.norm()
+        assert off<max(2*usual, eps) and usual>0
+        torch.testing.assert_close(p.grad, r, rtol=4*eps, atol=4*eps*e.abs().max().item())
+    if how=='records':
+        assert m.layers[0].out.g.dtype==m.layers[0].out.dtype==dtype and all(p.g is p.grad for p in ps)
+
+class Spy(Lin):
+    "Notes the autocast that bwd runs under"
+    def bwd(self, out, inp):
+        super().bwd(out, inp)
+        seen.append(torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else None)
+seen = []
+
+@pytest.mark.parametrize('grads', [True, False])
+def test_backward_runs_under_the_forwards_autocast(grads):
+    m = Sequential(Spy(4, 4), Spy(4, 4)).requires_grad_(grads)
+    x = torch.randn(3, 4)
+    def back(out): return out.sum().backward() if grads else m.backward(torch.ones_like(out))
+    def dtypes(out):
+        seen.clear()
+        back(out)
+        return seen
+    with torch.autocast('cpu', torch.float16): out = m(x)
+    assert dtypes(out)==[torch.float16]*2
+    with torch.autocast('cpu', torch.bfloat16): out = m(x)
+    with torch.autocast('cpu', torch.float16): assert dtypes(out)==[torch.bfloat16]*2
+    out = m(x)
+    with torch.autocast('cpu'): assert dtypes(out)==[None]*2
+    with torch.autocast('cpu'): assert dtypes(m(x))==[torch.bfloat16]*2
+    assert dtypes(m(x))==[None]*2
+
+@pytest.mark.parametrize('grads', [True, False])
+def test_dtypes_are_checked_outside_autocast(grads):
+    x = torch.randn(3, 4)
+    with pytest.raises(TypeError, match='inp has dtype torch.bfloat16, expected torch.float32'): Lin(4, 3).requires_grad_(grads)(x.bfloat16())
+    with torch.autocast('cpu'), pytest.raises(TypeError, match='expected a floating-point'): Lin(4, 3).requires_grad_(grads)(x.long())
+    with torch.autocast('cpu', enabled=False), pytest.raises(TypeError, match='expected torch.float32'): Lin(4, 3)(x.bfloat16())
+    class Half(Lin):
+        def bwd(self, out, inp):
+            super().bwd(out, inp)
+            self.w.g = self.w.g.bfloat16()
+    m = Half(4, 3).requires_grad_(grads)
+    def back(): return m(x).sum().backward() if grads else m(x) is None or m.backward(torch.ones(3, 3))
+    with pytest.raises(GradError, match="'w' got a .g of .4, 3. torch.bfloat16, expected"): back()
+
+def test_autocast_cache():
+    "A weight that a node has cast, without grad, and that is used raw afterwards."
+    l,x = Lin(4, 4).requires_grad_(),torch.randn(3, 4)
+    with torch.autocast('cpu'): (l(x)+x@l.w).sum().backward()
+    first,l.w.grad = l.w.grad,None
+    with torch.autocast('cpu'): l(x).sum().backward()
+    torch.testing.assert_close(first, 2*l.w.grad, rtol=.02, atol=.02)
+
+@pytest.mark.parametrize('how', ['autograd','records'])
+def test_grad_scaler(how):
+    "Training with scaled losses, clipped in between, a step of it skipped: as with torch's layers in float32 but for the rounding."
+    m,twin,ws = twins(nn.functional.cross_entropy)
+    m.requires_grad_(how=='autograd')
+    opt,ref = (torch.optim.SGD(ps, lr=.5) for ps in (list(m.parameters()), ws))
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.**24, growth_interval=1000)
+    before = [p.detach().clone() for p in m.parameters()]
+    for i in range(12):
+        x,y = torch.randn(64, 20),classes(64, 5)
+        opt.zero_grad()
+        with torch.autocast('cpu', torch.float16): loss = m(x, y)
+        if how=='autograd': scaler.scale(loss).backward()
+        else: m.backward(scaler.scale(torch.ones_like(loss)))
+        scaler.unscale_(opt)
+        if how=='records': assert all(p.g is p.grad for p in m.parameters())
+        norm = nn.utils.clip_grad_norm_(m.parameters(), 1.)
+        scale = scaler.get_scale()
+        scaler.step(opt)
+        scaler.update()
+        if scaler.get_scale()<scale: continue # inf or nan: no step
+        ref.zero_grad()
+        twin(x, y).backward()
+        torch.testing.assert_close(nn.utils.clip_grad_norm_(ws, 1.), norm, rtol=.05, atol=.01)
+        ref.step()
+    assert 1<scaler.get_scale()<2.**24
+    for p,w,b in zip(m.parameters(), transposed_like(ws, before), before):
+        assert (p-b).norm()>0 and (p-w).norm()<.02*(p-b).norm()+.01*b.norm()
