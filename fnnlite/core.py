@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.weak import WeakIdKeyDictionary
 from fastcore.meta import PrePostInitMeta
 from .record import *
+from .under_autograd import *
 
 # %% ../nbs/01_core.ipynb #42d9865c
 _running = threading.local() # .call: the composite call whose forward this thread is in; .root: the module, where it is autograd's
@@ -104,7 +105,7 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         _running.call,_running.root = None,root
         try:
             if not self.has_bwd or getattr(_running, 'through', False): return super().__call__(*args, **kwargs)
-            if not self._hooked(): return under_autograd(self, root, args, kwargs)
+            if not self._hooked(): return as_node(self, root, args, kwargs)
             return self._hooked_node(root, args, kwargs)
         finally: _running.call,_running.root = parent,outer
 
@@ -114,7 +115,7 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         def put(f): vars(self).pop('forward', None) if f is None else vars(self).update(forward=f)
         def node(*args, **kwargs):
             put(patched)
-            return under_autograd(self, root, args, kwargs)
+            return as_node(self, root, args, kwargs)
         put(node)
         try: return super().__call__(*args, **kwargs)
         finally: put(patched)

@@ -38,14 +38,15 @@ def classes(n=5, c=3): return torch.randint(0, c, (n,))
 cases = {Lin: (lambda: Lin64(4, 3), lambda: [leaf(2, 5, 4)]), Relu: (lambda: Relu(.1, .2, 1.), lambda: [leaf(5, 3)]), Sigmoid: (Sigmoid, lambda: [leaf(5)]),
     Tanh: (Tanh, lambda: [leaf(5)]), Softmax: (lambda: Softmax(0), lambda: [leaf(5, 3)]), LogSoftmax: (LogSoftmax, lambda: [leaf(5, 3)]),
     Log: (Log, lambda: [rand(5).exp().requires_grad_()]), Matmul: (Matmul, lambda: [leaf(2, 3, 4), leaf(4, 5)]), Add: (Add, lambda: [leaf(3, 1), leaf(4)]),
-    Mul: (Mul, lambda: [leaf(3, 1), leaf(4)]), Concat: (Concat, lambda: [leaf(3, 2), leaf(3, 1), leaf(3, 4)]), Reshape: (lambda: Reshape(2, -1), lambda: [leaf(4, 3)]),
-    Flatten: (Flatten, lambda: [leaf(4, 3, 2)]), Dropout: (lambda: Dropout(.4), lambda: [leaf(6, 4)]), Mse: (Mse, lambda: [leaf(5, 1), leaf(5)]),
+    Mul: (Mul, lambda: [leaf(3, 1), leaf(4)]), Concat: (Concat, lambda: [leaf(3, 2), leaf(3, 1), leaf(3, 4)]),
+    Reshape: (lambda: Reshape(2, -1), lambda: [leaf(4, 3)]), Flatten: (Flatten, lambda: [leaf(4, 3, 2)]), Dropout: (lambda: Dropout(.4), lambda: [leaf(6, 4)]), Mse: (Mse, lambda: [leaf(5, 1), leaf(5)]),
     CrossEntropy: (lambda: CrossEntropy(smoothing=.1), lambda: [leaf(5, 3), classes()]), NLL: (NLL, lambda: [leaf(5, 3), classes()]),
     BCEWithLogits: (BCEWithLogits, lambda: [leaf(5), rand(5).sigmoid().requires_grad_()])}
 more = [(lambda: Lin64(4, 3, bias=False), lambda: [leaf(5, 4)]), (Relu, lambda: [leaf(5, 3)]), (lambda: Dropout().eval(), lambda: [leaf(3, 2)]),
     (lambda: Mse('sum'), lambda: [rand(5, 2), leaf(5, 2)]), (CrossEntropy, lambda: [leaf(5, 3), rand(5, 3).softmax(-1).requires_grad_()]),
     (CrossEntropy, lambda: [leaf(2, 4, 3), torch.randint(0, 3, (2, 4))]), (Mul, lambda: [rand(3), leaf(3)]), (Matmul, lambda: [leaf(3, 4), rand(2, 4, 5)]),
-    (lambda: Reshape(12), lambda: [leaf(3, 4).t()]), (lambda: Lin64(4, 3).requires_grad_(False), lambda: [leaf(5, 4)]), (lambda: Lin64(4, 3), lambda: [rand(5, 4)])]
+    (lambda: Reshape(12), lambda: [leaf(3, 4).t()]),
+    (lambda: Lin64(4, 3).requires_grad_(False), lambda: [leaf(5, 4)]), (lambda: Lin64(4, 3), lambda: [rand(5, 4)])]
 
 def test_every_class_has_a_case():
     public = {c for room in (layers, losses) for n in room.__all__ if isinstance(c := getattr(room, n), type) and issubclass(c, Module)}
@@ -54,7 +55,7 @@ def test_every_class_has_a_case():
 def check(module, args):
     "gradcheck with respect to the arguments and parameters that require grad, with the same random numbers each time; and that it was `bwd` which ran"
     ps = [p for p in module.parameters() if p.requires_grad]
-    ran,bwd = [],type(module).bwd
+    ran = []
     class Counted(type(module)):
         def bwd(self, out, *args):
             ran.append(1)
@@ -90,7 +91,7 @@ def test_nested_arguments_and_outputs():
     m,a,b,c = Deep().requires_grad_(),leaf(3, 4),leaf(3, 4),leaf(3, 4)
     out = m({'a': a, 'b': (b,)}, 3, more=c, scale=.5)
     assert out['n']==3 and out['list'][1][0].dtype==torch.bool and not out['list'][1][1].requires_grad and isinstance(out['list'][1], tuple)
-    def f(*_): 
+    def f(*_):
         out = m({'a': a, 'b': (b,)}, 3, more=c, scale=.5)
         return out['sum'],out['list'][0]
     assert gradcheck(f, (a, b, c, m.w))
@@ -235,7 +236,7 @@ def test_what_is_not_asked_for_is_not_computed(x, frozen, expected, how):
             super().bwd(out, inp)
             wanted.append(''.join(n for n,t in zip('xwb', (inp,self.w,self.b)) if grad(t) is not None))
     m = Asks(4, 3, dtype=torch.float64).requires_grad_()
-    for n in frozen: 
+    for n in frozen:
         if how=='freeze': getattr(m, n).const = True
         else: getattr(m, n).requires_grad_(False)
     x = rand(5, 4).requires_grad_(x)
@@ -309,7 +310,6 @@ def test_changes_in_place_are_autograds_error():
     run(weight)
     run(lambda m,h,o: h.mul_(2))
     run(lambda m,h,o: o.detach().mul_(2))
-    d = Dropout()
     class Keeps(Dropout):
         def forward(self, inp):
             out = super().forward(inp)
