@@ -83,8 +83,9 @@ def _check_versions(ts, versions, fail):
 
 def autocast_of(ts):
     "The kind of device that `ts` are on, and the dtype that autocast has there; None where it is off"
+    if not torch._C._is_any_autocast_enabled(): return None
     device = ts[0].device.type if ts else 'cpu'
-    return device,torch.get_autocast_dtype(device) if device!='meta' and torch.is_autocast_enabled(device) else None
+    return (device,torch.get_autocast_dtype(device)) if device!='meta' and torch.is_autocast_enabled(device) else None
 
 def path(module, root):
     "How errors name `module`: its class, and where it sits in `root`"
@@ -188,11 +189,11 @@ class Walk:
         "Run the module's own `bwd`, under the autocast of its forward; what it assigned to each alias in `wanted`, if it may pass"
         for _,alias in wanted: alias.g = None
         upstream = [o.g for o in call.outs]
-        versions,(device,dtype) = _versions(upstream),call.autocast
-        traced = dtype is not None and is_compiling() # a backward that will run elsewhere
-        if call.autocast==autocast_of(call.inps or call.params) and not traced: call.module.bwd(call.out, *args, **kwargs)
-        else:
-            with torch.autocast(device, dtype, enabled=dtype is not None): call.module.bwd(call.out, *args, **kwargs)
+        versions,then,now = _versions(upstream),call.autocast,autocast_of(call.inps or call.params)
+        if then==now and not (then and is_compiling()): call.module.bwd(call.out, *args, **kwargs)
+        else: # a compiler only traces it here, it will run elsewhere
+            device,dtype = then or (now[0],None)
+            with torch.autocast(device, dtype, enabled=then is not None): call.module.bwd(call.out, *args, **kwargs)
         _check_versions(upstream, versions, lambda g: self.fail(call, call.outs[0], "had its .g changed in place by bwd"))
         taken = upstream+call.inps
         return [self.checked(call, t, grad(alias), taken) for t,alias in wanted]
@@ -225,7 +226,7 @@ class Walk:
             if own or hasattr(t, 'tape'): self.fail(call, t, "got no .g: bwd must assign it")
             return
         if not isinstance(g, Tensor): self.fail(call, t, f"got a .g of type {type(g).__name__}, expected a tensor")
-        if call.autocast[1] and g.is_floating_point() and t.is_floating_point(): g = g.to(t.dtype)
+        if call.autocast and g.is_floating_point() and t.is_floating_point(): g = g.to(t.dtype)
         if g.shape!=t.shape or g.dtype!=t.dtype:
             self.fail(call, t, f"got a .g of {tuple(g.shape)} {g.dtype}, expected {tuple(t.shape)} {t.dtype}")
         if own:

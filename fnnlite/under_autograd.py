@@ -15,6 +15,7 @@ from .record import *
 # %% ../nbs/00_under_autograd.ipynb #5d10a007
 class StandIn:
     "A module as its `bwd` sees it under autograd: each parameter is an alias, whose `.g` may be assigned"
+    def __init_subclass__(cls): "Whatever the module's class does here, it has done"
     def _seen(self, v):
         if isinstance(v, Tensor): return self._aliases.get(v, v)
         return stand_in(v, self._aliases) if isinstance(v, nn.Module) else v
@@ -57,10 +58,9 @@ class Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx, module, root, args, kwargs, *ts):
         ctx.module,ctx.root,ctx.autocast = module,root,autocast_of(ts)
-        device,dtype = ctx.autocast
-        if dtype is None: out = module.forward(*args, **kwargs)
+        if ctx.autocast is None: out = module.forward(*args, **kwargs)
         else: # torch 2.10 would find a weight cast here, without grad, in its cache where it is used next
-            with torch.autocast(device, dtype, cache_enabled=False): out = module.forward(*args, **kwargs)
+            with torch.autocast(*ctx.autocast, cache_enabled=False): out = module.forward(*args, **kwargs)
         outs = [o.detach() for o in tensors(out)]
         kept = [{} if any(o is t for t in ts) else _kept(module, o) for o in tensors(out)]
         ctx.trees = _holes((args,kwargs,out,kept))
@@ -90,7 +90,8 @@ class Node(torch.autograd.Function):
         for t in wanted: t.tape = None
         found = dict(zip(wanted, Walk(ctx.root, False).assigned(call, args, kwargs, [(t,t) for t in wanted])))
         if not is_compiling(): # from here on .grad is autograd's, and an earlier .g would contradict it
-            for t in (*real,*saved): vars(t).pop('g', None)
+            for t,asked in zip((*saved[:n-len(real)],*real), ctx.needs_input_grad[4:]):
+                if asked: vars(t).pop('g', None)
         return None,None,None,None,*[found.get(t) for t in ts]
 
 def as_node(

@@ -39,7 +39,8 @@ cases = {Lin: (lambda: Lin64(4, 3), lambda: [leaf(2, 5, 4)]), Relu: (lambda: Rel
     Tanh: (Tanh, lambda: [leaf(5)]), Softmax: (lambda: Softmax(0), lambda: [leaf(5, 3)]), LogSoftmax: (LogSoftmax, lambda: [leaf(5, 3)]),
     Log: (Log, lambda: [rand(5).exp().requires_grad_()]), Matmul: (Matmul, lambda: [leaf(2, 3, 4), leaf(4, 5)]), Add: (Add, lambda: [leaf(3, 1), leaf(4)]),
     Mul: (Mul, lambda: [leaf(3, 1), leaf(4)]), Concat: (Concat, lambda: [leaf(3, 2), leaf(3, 1), leaf(3, 4)]),
-    Reshape: (lambda: Reshape(2, -1), lambda: [leaf(4, 3)]), Flatten: (Flatten, lambda: [leaf(4, 3, 2)]), Dropout: (lambda: Dropout(.4), lambda: [leaf(6, 4)]), Mse: (Mse, lambda: [leaf(5, 1), leaf(5)]),
+    Reshape: (lambda: Reshape(2, -1), lambda: [leaf(4, 3)]), Flatten: (Flatten, lambda: [leaf(4, 3, 2)]),
+    Dropout: (lambda: Dropout(.4), lambda: [leaf(6, 4)]), Mse: (Mse, lambda: [leaf(5, 1), leaf(5)]),
     CrossEntropy: (lambda: CrossEntropy(smoothing=.1), lambda: [leaf(5, 3), classes()]), NLL: (NLL, lambda: [leaf(5, 3), classes()]),
     BCEWithLogits: (BCEWithLogits, lambda: [leaf(5), rand(5).sigmoid().requires_grad_()])}
 more = [(lambda: Lin64(4, 3, bias=False), lambda: [leaf(5, 4)]), (Relu, lambda: [leaf(5, 3)]), (lambda: Dropout().eval(), lambda: [leaf(3, 2)]),
@@ -210,6 +211,15 @@ def test_parameters_of_modules_inside():
             assert isinstance(self, More) and isinstance(self.last, nn.Linear) and len(list(self.parameters()))==3
     m = More().requires_grad_()
     assert gradcheck(lambda *_: m(x), (x, *m.parameters()))
+
+def test_classes_that_look_after_their_subclasses():
+    names = []
+    class Registered(Lin):
+        def __init_subclass__(cls):
+            super().__init_subclass__()
+            names.append(cls.__name__)
+    class One(Registered): pass
+    assert gradcheck(One(4, 3, dtype=torch.float64).requires_grad_(), (leaf(2, 4),)) and names==['One']
 
 def test_backward_inside_a_bwd_is_refused():
     class Inner(Module):
