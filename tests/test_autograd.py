@@ -160,6 +160,14 @@ def test_shared_layers_and_tensors():
     assert gradcheck(lambda *_: m.table(), (m.table.w,)) and m.table().requires_grad and m.table() is not m.table.w
     assert not hasattr(x, 'g') and not hasattr(m.table.w, 'g')
 
+def test_what_hangs_on_an_input_stays_there():
+    x = leaf(3)
+    x.note,x.g,hung = nn.Linear(2, 2),rand(2),weakref.ref(x.note)
+    y = Id()(x)
+    del x.note
+    assert hung() is None and not hasattr(y, 'note')
+    y.sum().backward()
+
 def test_in_place_on_what_was_handed_on():
     x = leaf(3)
     h = x*2
