@@ -20,7 +20,8 @@ def unbroadcast(g, shape):
 def lin(inp, w, b=None):
     "`inp @ w + b`: (...,ni), (ni,nf), (nf) to (...,nf)"
     out = inp@w
-    return out if b is None else out+b
+    if b is None: return out
+    return out+b if b.dtype==out.dtype else out+b.to(out.dtype) # autocast has changed it
 
 def lin_grad(out, inp, w, b=None):
     "The gradients of `lin`; each only if it is wanted"

@@ -20,10 +20,11 @@ def check_inp(
     like:Tensor=None, # a parameter that goes with it
     name:str='inp', # the argument's name
 ):
-    "`inp`, or TypeError or ValueError unless it is a real floating-point tensor with elements, of `like`'s dtype and device"
+    "`inp`, or TypeError or ValueError unless it is a real floating-point tensor with elements, of `like`'s dtype (autocast may mix them) and device"
     if not isinstance(inp, Tensor): raise TypeError(f"{module}: {name} is of type {type(inp).__name__}, expected a tensor")
     if not inp.is_floating_point(): raise TypeError(f"{module}: {name} has dtype {inp.dtype}, expected a floating-point one")
-    if like is not None and inp.dtype!=like.dtype: raise TypeError(f"{module}: {name} has dtype {inp.dtype}, expected {like.dtype}")
+    if like is not None and inp.dtype!=like.dtype and not torch.is_autocast_enabled(inp.device.type):
+        raise TypeError(f"{module}: {name} has dtype {inp.dtype}, expected {like.dtype}")
     if like is not None and inp.device!=like.device: raise ValueError(f"{module}: {name} is on device {inp.device}, expected {like.device}")
     if inp.numel()==0: raise ValueError(f"{module}: {name} is empty, of shape {tuple(inp.shape)}")
     return inp
@@ -149,6 +150,7 @@ class Flatten(Module):
 
 class Dropout(Module):
     "In training, each element zeroed with probability `p` and the others divided by 1-p; else `inp` as it is"
+    keeps = ('mask',)
     def __init__(self, p:float=.5):
         if not 0<=p<=1: raise ValueError(f"Dropout: p is {p}, expected a probability")
         self.p = p

@@ -20,6 +20,9 @@ class Loss(Module):
         if reduction not in ('mean','sum'): raise ValueError(f"{type(self).__name__}: reduction is {reduction!r}, expected 'mean' or 'sum'")
         self.reduction = reduction
 
+    def full(self, inp):
+        "`inp`, which autocast may have made in half precision, as torch's own losses see it then: in float32"
+        return inp.float() if inp.dtype.itemsize==2 and torch.is_autocast_enabled(inp.device.type) else inp
     def reduce(self, losses):
         "One number from many"
         return losses.mean() if self.reduction=='mean' else losses.sum()
@@ -37,7 +40,7 @@ class Loss(Module):
 # %% ../nbs/05_losses.ipynb #cdb8c694
 class Mse(Loss):
     "Mean (or sum) of the squared differences; `targ` has `inp`'s shape, or lacks its last dimension of 1"
-    def diff(self, inp, targ): return inp-targ.reshape(inp.shape)
+    def diff(self, inp, targ): return self.full(inp)-targ.reshape(inp.shape)
 
     def forward(self, inp, targ):
         column = isinstance(targ, torch.Tensor) and inp.shape==(*targ.shape,1)
@@ -71,13 +74,14 @@ class NLL(Loss):
     "Minus the log-probability of the right class; `inp` (...,C) log-probabilities, `targ` (...) class indices"
     def forward(self, inp, targ):
         check_classes(self, inp, targ)
-        return self.reduce(-inp.gather(-1, targ.unsqueeze(-1)))
+        return self.reduce(-self.full(inp).gather(-1, targ.unsqueeze(-1)))
 
     def bwd(self, out, inp, targ): inp.g = -one_hot(targ, inp)*self.upstream(out, targ.numel())
 
 # %% ../nbs/05_losses.ipynb #ae107266
 class CrossEntropy(Loss):
     "-Σ t log softmax(inp) over the last dimension; `inp` (...,C), `targ` class indices (...) or probabilities (...,C)"
+    keeps = ('logp',)
     def __init__(self,
         reduction:str='mean', # over the items: 'mean' or 'sum'
         smoothing:float=0., # of the labels, 0 to 1
@@ -94,14 +98,14 @@ class CrossEntropy(Loss):
     def forward(self, inp, targ):
         if isinstance(targ, torch.Tensor) and targ.is_floating_point() and targ.ndim==inp.ndim: self.check_targ(inp, targ)
         else: check_classes(self, inp, targ)
-        logp = inp.log_softmax(-1)
-        out = self.reduce(-(self.probs(inp, targ)*logp).sum(-1))
+        logp = self.full(inp).log_softmax(-1)
+        out = self.reduce(-(self.probs(logp, targ)*logp).sum(-1))
         out.logp = logp
         return out
 
     def bwd(self, out, inp, targ):
         g = self.upstream(out, inp.numel()//inp.shape[-1])
-        t = self.probs(inp, targ)
+        t = self.probs(out.logp, targ)
         if wants(inp): inp.g = (out.logp.exp()*t.sum(-1, keepdim=True) - t)*g
         if targ.is_floating_point() and wants(targ): targ.g = -out.logp*g*(1-self.smoothing)
 
@@ -110,6 +114,7 @@ class BCEWithLogits(Loss):
     "Binary cross-entropy of the sigmoid of `inp`, stable; `targ` of the same shape, 0 to 1"
     def forward(self, inp, targ):
         self.check_targ(inp, targ)
+        inp = self.full(inp)
         return self.reduce(inp.clamp_min(0.) - inp*targ + (-inp.abs()).exp().log1p())
 
     def bwd(self, out, inp, targ):

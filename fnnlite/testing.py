@@ -9,6 +9,7 @@ __all__ = ['test_near', 'check_grads', 'autograd_gap']
 from copy import deepcopy
 from inspect import signature
 import torch
+from .core import through_forward
 from .record import floats, grad, is_float, maptree
 
 # %% ../nbs/07_testing.ipynb #d3c84bd4
@@ -63,7 +64,7 @@ class _Check:
     def by_autograd(self):
         module,args = _twin(self.module, self.args)
         ts = [t.requires_grad_() for _,t in _named(module, args)]
-        return torch.autograd.grad(floats(self.run(module, args)), ts, self.gs, allow_unused=True)
+        with through_forward(): return torch.autograd.grad(floats(self.run(module, args)), ts, self.gs, allow_unused=True)
 
     @torch.no_grad()
     def by_differences(self, eps, most):

@@ -287,3 +287,101 @@ def test_scheduler_and_compiled_step():
         sched.step()
         graphs.append(count.frame_count)
     assert graphs[2]==graphs[-1] and opt.lr==.1*.5**6
+
+
+# Under autograd: forward and backward of nodes with a bwd of their own
+
+under_autograd = pytest.mark.filterwarnings('ignore:<class .torch.autograd.function.Function.> should not be:DeprecationWarning', # torch's own, as it
+    'ignore:`torch.jit:DeprecationWarning') # traces a Function, and as it imports inductor
+
+def grads_of(f, x, ps):
+    torch.manual_seed(1)
+    loss = f(x)
+    loss.backward()
+    res = [loss.detach()]+[t.grad for t in (x,*ps)]
+    for t in (x,*ps): t.grad = None
+    return res
+
+def same_grads(m, f, backend='aot_eager', rtol=1e-9):
+    m.requires_grad_()
+    x,ps,count = rand(4, 4).requires_grad_(),list(m.parameters()),CompileCounterWithBackend(backend)
+    compiled = torch.compile(f, fullgraph=True, backend=count)
+    for _ in range(2):
+        ref = grads_of(f, x, ps)
+        torch.testing.assert_close(grads_of(compiled, x, ps), ref, rtol=rtol, atol=rtol/100)
+        assert all(g is not None for g in ref)
+    assert count.frame_count==1
+
+@under_autograd
+def test_all_under_autograd():
+    "All layers and losses, with raw operations in between"
+    m = Side()
+    m.losses = [make() for make,_ in loss_cases.values()]
+    targs = [targ() for _,targ in loss_cases.values()]
+    def f(x):
+        out = m((x*2).view(2, 8).reshape(4, 4)).chunk(len(layer_cases), -1)
+        return sum(loss(sum(out).tanh(), t) for loss,t in zip(m.losses, targs))
+    same_grads(m, f)
+
+@under_autograd
+def test_inductor_under_autograd():
+    m,y = Model([Lin64(4, 3), Dropout()], CrossEntropy()),torch.randint(0, 3, (4,))
+    with torch._inductor.config.patch(fallback_random=True): same_grads(m, lambda x: m(x/2, y)*3, 'inductor', rtol=1e-6)
+
+class Inherits(Lin):
+    "super(), a method, a parameter of a module inside, nothing asked for the input"
+    def __init__(self):
+        super().__init__(4, 4, dtype=torch.float64)
+        self.inner = Lin64(4, 4)
+    def forward(self, inp): return super().forward(inp)+self.shift(inp)
+    def shift(self, inp): return inp@self.inner.w+self.inner.b
+    def bwd(self, out, inp):
+        super().bwd(out, inp)
+        self.inner.w.g,self.inner.b.g = inp.t()@out.g,out.g.sum(0)
+        inp.g = inp.g+out.g@self.inner.w.t()
+
+@under_autograd
+def test_stand_in_and_dropout_in_eval():
+    m = Sequential(Inherits(), Dropout().eval(), Loop(2))
+    same_grads(m, lambda x: (m(x)*3).square().sum())
+
+@under_autograd
+def test_several_outputs_under_autograd():
+    class Split(Module):
+        def forward(self, x): return {'lo': x[:,:2]*2, 'rest': (x[:,2:].exp(), x.sum())}
+        def bwd(self, out, x): x.g = torch.cat([out['lo'].g*2, out['rest'][0].g*out['rest'][0]], 1) + out['rest'][1].g
+    m = Sequential(Lin64(4, 4), Split())
+    def f(x):
+        o = m(x)
+        return (o['lo']*o['rest'][0]*o['rest'][1]).sum()
+    if not torch.__version__.startswith('2.10'): return same_grads(m, f)
+    with pytest.raises(RuntimeError, match='HOP body taking non-Tensor'): same_grads(m, f)
+
+@under_autograd
+def test_faulty_bwd_is_refused_under_autograd():
+    class Forgets(Lin):
+        def bwd(self, out, inp): inp.g = out.g@self.w.t()
+    m,x = Forgets(4, 4).requires_grad_(),torch.randn(3, 4)
+    with pytest.raises(RuntimeError) as e: torch.compile(lambda: m(x).sum(), fullgraph=True, backend='aot_eager')().backward()
+    assert 'GradError' in repr(e.value)+repr(e.value.__cause__)
+
+@under_autograd
+def test_autocast_in_one_graph():
+    "By records and under autograd"
+    m,x = Model([Lin(4, 4), Relu(), Lin(4, 3)], CrossEntropy()),torch.randn(5, 4)
+    y = torch.randint(0, 3, (5,))
+    def step():
+        with torch.autocast('cpu', torch.bfloat16): m(x, y)
+        m.backward()
+        res = [p.g for p in m.parameters()]
+        m.zero_grad()
+        return res
+    m.zero_grad()
+    ref = step()
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend='aot_eager')(), ref)
+    assert all(g.dtype==torch.float32 for g in ref)
+    def f():
+        with torch.autocast('cpu', torch.bfloat16): return m(x, y)
+    m.requires_grad_()
+    torch.compile(f, fullgraph=True, backend='aot_eager')().backward()
+    torch.testing.assert_close([p.grad for p in m.parameters()], ref)
