@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Wrap']
 
-# %% ../nbs/14_bridge.ipynb #b5556cb8
+# %% ../nbs/14_bridge.ipynb #9aef83c2
 import torch
 from torch import nn
 from torch.compiler import is_compiling
 from torch.func import functional_call, vjp
-from .core import Module
+from .core import Module, through_forward
 from .record import GradError, floats, maptree, wants
 
 # %% ../nbs/14_bridge.ipynb #a41f9bda
@@ -37,7 +37,7 @@ def _vjp(f, *ts):
         return torch.autograd.grad([o for o,_ in live], leaves, [g for _,g in live], retain_graph=True, materialize_grads=True)
     return outs,pull,aux,any(all(t is not l for l in leaves) for t in _leaves_of(outs))
 
-# %% ../nbs/14_bridge.ipynb #92970116
+# %% ../nbs/14_bridge.ipynb #2c54f296
 class Wrap(Module):
     "A torch module or function as a fnnlite module, with torch's own vector-Jacobian product for its `bwd`"
     def __init__(self,
@@ -65,4 +65,6 @@ class Wrap(Module):
         wanted,pull = outs[0].pull
         ts = floats((args,kwargs,dict(self.named_parameters())))
         for i,g in zip(wanted, pull([o.g for o in outs])): ts[i].g = g
+    def _by_autograd(self, *args):
+        with through_forward(): return super()._by_autograd(*args) # autograd needs no help here
     def extra_repr(self): return '' if isinstance(self.f, nn.Module) else getattr(self.f, '__name__', repr(self.f))
