@@ -1,7 +1,7 @@
 "What several test files need."
 from copy import deepcopy
-import torch
-from fnnlite.core import through_forward
+import pytest, torch
+from fnnlite.core import Module, through_forward
 from fnnlite.record import floats, grad, maptree
 
 
@@ -31,3 +31,27 @@ def assert_grads(module, *args, times=1):
         n = times if isinstance(t, torch.nn.Parameter) else 1
         torch.testing.assert_close(g, n*a, rtol=1e-9, atol=1e-11, msg=lambda m: f"{name}: {m}")
         assert not isinstance(t, torch.nn.Parameter) or t.grad is grad(t)
+
+
+# bwds that are wrong in the ways that are always refused
+
+class GivenBwd(Module):
+    "A linear layer whose bwd is given."
+    def __init__(self, f): self.w,self.f = rand(4, 4),f
+    def forward(self, inp, more=None): return inp@self.w
+    def bwd(self, out, inp, more=None): self.f(self, out, inp)
+def right(self, out, inp): inp.g,self.w.g = out.g@self.w.t(),inp.t()@out.g
+def no_weight(self, out, inp): inp.g = out.g@self.w.t()
+def no_input(self, out, inp): self.w.g = inp.t()@out.g
+def transposed(self, out, inp): inp.g,self.w.g = (out.g@self.w.t()).t(),inp.t()@out.g
+def short(self, out, inp): inp.g,self.w.g = out.g@self.w.t(),(inp.t()@out.g)[0]
+def half(self, out, inp): inp.g,self.w.g = out.g@self.w.t(),(inp.t()@out.g).float()
+def number(self, out, inp): inp.g,self.w.g = out.g@self.w.t(),1.
+def upstream_changed(self, out, inp):
+    out.g.mul_(2)
+    right(self, out, inp)
+
+each_fault = pytest.mark.parametrize('f,msg', [(no_weight, "parameter 'w' got no .g"), (no_input, "argument 'inp' got no .g"),
+    (transposed, r"argument 'inp' got a .g of \(4, 6\) torch.float64, expected \(6, 4\)"), (short, r"parameter 'w' got a .g of \(4,\)"),
+    (half, r"parameter 'w' got a .g of \(4, 4\) torch.float32, expected \(4, 4\) torch.float64"), (number, "parameter 'w' got a .g of type float"),
+    (upstream_changed, "the output had its .g changed in place by bwd")], ids=lambda f: getattr(f, '__name__', ''))

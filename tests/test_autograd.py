@@ -11,7 +11,7 @@ from fnnlite.losses import BCEWithLogits, CrossEntropy, Mse, NLL
 from fnnlite.model import Model, Sequential
 from fnnlite.record import GradError, const, floats, grad
 from fnnlite.testing import autograd_gap, check_grads
-from helpers import rand
+from helpers import GivenBwd, each_fault, no_input, rand, right
 
 def Lin64(ni, nf, **kw): return Lin(ni, nf, dtype=torch.float64, **kw)
 def leaf(*shape): return rand(*shape).requires_grad_()
@@ -282,38 +282,19 @@ def test_nothing_kept_under_no_grad():
 
 # A wrong gradient is never silent
 
-class Layer(Module):
-    "A linear layer whose bwd is given."
-    def __init__(self, f): self.w,self.f = rand(4, 4),f
-    def forward(self, inp, more=None): return inp@self.w
-    def bwd(self, out, inp, more=None): self.f(self, out, inp)
-def right(self, out, inp): inp.g,self.w.g = out.g@self.w.t(),inp.t()@out.g
-def no_weight(self, out, inp): inp.g = out.g@self.w.t()
-def no_input(self, out, inp): self.w.g = inp.t()@out.g
-def transposed(self, out, inp): inp.g,self.w.g = (out.g@self.w.t()).t(),inp.t()@out.g
-def short(self, out, inp): inp.g,self.w.g = out.g@self.w.t(),(inp.t()@out.g)[0]
-def half(self, out, inp): inp.g,self.w.g = out.g@self.w.t(),(inp.t()@out.g).float()
-def number(self, out, inp): inp.g,self.w.g = out.g@self.w.t(),1.
-def upstream_changed(self, out, inp):
-    out.g.mul_(2)
-    right(self, out, inp)
-
-@pytest.mark.parametrize('f,msg', [(no_weight, "parameter 'w' got no .g"), (no_input, "argument 'inp' got no .g"),
-    (transposed, r"argument 'inp' got a .g of \(4, 6\) torch.float64, expected \(6, 4\)"), (short, r"parameter 'w' got a .g of \(4,\)"),
-    (half, r"parameter 'w' got a .g of \(4, 4\) torch.float32, expected \(4, 4\) torch.float64"), (number, "parameter 'w' got a .g of type float"),
-    (upstream_changed, "the output had its .g changed in place by bwd")], ids=lambda f: getattr(f, '__name__', ''))
+@each_fault
 @pytest.mark.parametrize('leaf', [True, False])
 def test_faulty_bwd_is_refused(f, msg, leaf):
-    m = Model([Lin64(4, 4), Layer(right), Lin64(4, 3)], Mse()).requires_grad_()
+    m = Model([Lin64(4, 4), GivenBwd(right), Lin64(4, 3)], Mse()).requires_grad_()
     x,y = batch()
     x.requires_grad_(leaf)
     m(x, y).backward()
     m.layers[1].f = f
-    with pytest.raises(GradError, match=r"Layer \(layers.1\): " + msg): m(x, y).backward()
-    with pytest.raises(GradError, match="Layer: " + msg): m.layers[1](x.detach().requires_grad_()).square().sum().backward()
+    with pytest.raises(GradError, match=r"GivenBwd \(layers.1\): " + msg): m(x, y).backward()
+    with pytest.raises(GradError, match="GivenBwd: " + msg): m.layers[1](x.detach().requires_grad_()).square().sum().backward()
 
 def test_input_that_requires_grad_may_not_be_left_out():
-    l,x = Layer(no_input).requires_grad_(),leaf(6, 4)
+    l,x = GivenBwd(no_input).requires_grad_(),leaf(6, 4)
     with pytest.raises(GradError, match="argument 'inp' got no .g"): l(x).sum().backward()
     l(x.detach()).sum().backward() # nobody asked
 

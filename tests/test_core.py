@@ -8,7 +8,7 @@ from fnnlite.layers import Add, Concat, Dropout, Flatten, Lin, Matmul, Mul, Relu
 from fnnlite.losses import CrossEntropy, Mse
 from fnnlite.model import Model, Sequential
 from fnnlite.record import GradError, const, grad
-from helpers import assert_grads, by_autograd, rand
+from helpers import GivenBwd, assert_grads, by_autograd, each_fault, no_input, rand, right
 
 torch.manual_seed(0)
 Lin64 = partial(Lin, dtype=torch.float64)
@@ -650,28 +650,9 @@ def test_update_before_backward():
     m.layers[0].w.add_(1)
     with pytest.raises(GradError, match=r"Lin \(layers.0\): parameter 'w' was changed in place"): m.backward()
 
-class Layer(Module):
-    "A linear layer whose bwd is given."
-    def __init__(self, f): self.w,self.f = rand(4, 4),f
-    def forward(self, inp, more=None): return inp@self.w
-    def bwd(self, out, inp, more=None): self.f(self, out, inp)
-def right(self, out, inp): inp.g,self.w.g = out.g@self.w.t(),inp.t()@out.g
-def no_weight(self, out, inp): inp.g = out.g@self.w.t()
-def no_input(self, out, inp): self.w.g = inp.t()@out.g
-def transposed(self, out, inp): inp.g,self.w.g = (out.g@self.w.t()).t(),inp.t()@out.g
-def short(self, out, inp): inp.g,self.w.g = out.g@self.w.t(),(inp.t()@out.g)[0]
-def half(self, out, inp): inp.g,self.w.g = out.g@self.w.t(),(inp.t()@out.g).float()
-def number(self, out, inp): inp.g,self.w.g = out.g@self.w.t(),1.
-def upstream_changed(self, out, inp):
-    out.g.mul_(2)
-    right(self, out, inp)
-
-@pytest.mark.parametrize('f,msg', [(no_weight, "parameter 'w' got no .g"), (no_input, "argument 'inp' got no .g"),
-    (transposed, r"argument 'inp' got a .g of \(4, 6\) torch.float64, expected \(6, 4\)"), (short, r"parameter 'w' got a .g of \(4,\)"),
-    (half, r"got a .g of \(4, 4\) torch.float32, expected \(4, 4\) torch.float64"), (number, "got a .g of type float, expected a tensor"),
-    (upstream_changed, "had its .g changed in place by bwd")], ids=lambda f: getattr(f, '__name__', ''))
+@each_fault
 def test_faulty_bwd_is_refused_and_leaves_nothing(f, msg):
-    m = Model([Lin64(4, 4), Layer(f), Lin64(4, 3)], Mse())
+    m = Model([Lin64(4, 4), GivenBwd(f), Lin64(4, 3)], Mse())
     x,y = batch()
     m(x, y)
     m.layers[1].f = right
@@ -680,12 +661,12 @@ def test_faulty_bwd_is_refused_and_leaves_nothing(f, msg):
     values = [g.clone() for g in before]
     m(x, y)
     m.layers[1].f = f
-    with pytest.raises(GradError, match=r"Layer \(layers.1\): .*" + msg): m.backward()
+    with pytest.raises(GradError, match=r"GivenBwd \(layers.1\): .*" + msg): m.backward()
     assert all(p.g is g and p.grad is g and torch.equal(g, v) for p,g,v in zip(m.parameters(), before, values))
     assert grad(x) is None and grad(m.layers[1].out) is None
 
 def test_input_of_the_whole_call_may_be_left_out():
-    l = Layer(no_input)
+    l = GivenBwd(no_input)
     l(rand(4, 4))
     l.backward(rand(4, 4))
     assert l.w.g is not None and grad(l.args[0]) is None
