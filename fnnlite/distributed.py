@@ -62,6 +62,9 @@ class Distributed(Callback):
     "Make this `Learner` one of several, each in a process: the same batches, history and weights, a share of the work"
     order,queue = -20,None
     steps = 'begins the training','goes through a batch','leaves a batch early','ends the training','ends the validation'
+    def __init__(self,
+        bucket:int=2**20, # bytes of gradients to wait for before they are sent, together
+    ): self.bucket = bucket
 
     def before_fit(self):
         if not dist.is_initialized():
@@ -90,7 +93,7 @@ class Distributed(Callback):
         try: yield
         except RuntimeError as e:
             self.queue = None
-            raise DistributedError(f"epoch {self.epoch}: process {self.rank} has lost another: {str(e).splitlines()[0]}") from e
+            raise DistributedError(f"epoch {self.epoch}: another process is gone or doesn't answer: {str(e).splitlines()[0]}") from e
 
     def before_train(self):
         self._open()
@@ -142,37 +145,48 @@ class Distributed(Callback):
         "Make the recorder's sums those of all processes"
         rec = self.recorder
         self._open()
-        n,*sums = self._round(step, 0, rec.n, *rec.sums.tolist())
+        n,*sums = self._round(step, 0, [rec.n, *rec.sums.tolist()])
         rec.n,rec.sums = round(n),torch.tensor(sums, dtype=torch.float64)
 
     def _open(self):
         self.params = {p:grad(p) for p in reversed(list(self.model.parameters())) if wants(p)}
-        self.queue,self.done,self.sent,self.works = deque(self.params),set(),[],[]
+        self.queue,self.done,self.sent,self.waiting,self.works = deque(self.params),set(),[],[],[]
         if self.rank: zero_grad(self.params) # what earlier batches left there is the same in all, and to be counted once
 
     def _send(self, p, own=True):
         had = own and grad(p) is not None
-        g = p.g.contiguous() if had else torch.zeros_like(p, memory_format=torch.contiguous_format)
-        if had: p.g = p.grad = g
+        g = p.g if had else torch.zeros_like(p)
+        if self.waiting and g.dtype!=self.waiting[0].dtype: self._ship()
         self.sent.append((p,g,had))
-        self._sum(g)
+        self.waiting.append(g)
+        if sum(g.nbytes for g in self.waiting)>=self.bucket: self._ship()
 
-    def _sum(self, t):
-        with self._others(): self.works.append(dist.all_reduce(t, async_op=True))
+    def _ship(self):
+        "Begin to sum what is waiting, in one piece"
+        gs,self.waiting = self.waiting,[]
+        if gs: self._sum(gs, torch.cat([g.flatten() for g in gs]))
 
-    def _round(self, step, rows=0, *values):
+    def _sum(self, gs, flat):
+        with self._others(): self.works.append((dist.all_reduce(flat, async_op=True), gs, flat))
+
+    def _round(self, step, rows=0, values=None):
         "Send what is left to send, and the line; the sums of `values` over all processes, if they agree in everything else"
         (queue,self.queue),own = (self.queue,None),step=='goes through a batch'
         for p in queue: self._send(p, own)
+        self._ship()
+        values = values or [0]*(2+len(self.metrics))
         weights = 0 if rows else sum(p.detach().contiguous().flatten().view(torch.uint8).sum().item() for p in self.params)
         at = torch.zeros(self.world, 5, dtype=torch.float64)
         at[self.rank] = torch.tensor([self.steps.index(step), self.epoch, getattr(self.learn, 'iter', 0), rows, weights])
         line = torch.tensor([*(had for *_,had in self.sent), *at.flatten(), *values], dtype=torch.float64).to(self.device)
-        self._sum(line)
+        self._sum([line], line)
         with self._others():
-            for w in self.works: w.wait()
+            for work,_,_ in self.works: work.wait()
         had,at,sums = line.cpu().split([len(self.sent), at.numel(), len(values)])
         self._agreed(at.view(self.world, -1).long().tolist())
+        if own:
+            for _,gs,flat in self.works:
+                for g,part in zip(gs, flat.split([g.numel() for g in gs])): g.copy_(part.view_as(g))
         for (p,g,_),n in zip(self.sent, had): p.g = p.grad = g if own and n else self.params[p]
         return sums.tolist()
 
