@@ -1,5 +1,5 @@
 "What test_distributed.py starts with torchrun: `check` runs the checks named, `command` the training command, in which a process may be killed."
-import json, os, runpy, signal, sys, sysconfig, traceback
+import contextlib, io, json, os, runpy, signal, sys, sysconfig, traceback
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 sgd = partial(SGD, lr=.2, momentum=.9)
 rank = lambda: dist.get_rank()
+script = str(Path(sysconfig.get_path('scripts'))/'fnnlite_train')
 
 class On(Callback):
     "Calls `f(callback, ...)` at `event`."
@@ -192,6 +193,12 @@ def only_the_first_writes(folder):
     dist.all_gather_object(everyone, masks[0])
     assert not torch.equal(everyone[0], everyone[1])
 
+def errors_name_the_process(folder):
+    sys.argv = [script,'--device','abacus']
+    with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit): runpy.run_path(script, run_name='__main__')
+    assert err.getvalue().startswith(f"fnnlite_train (process {rank()}): device is 'abacus'") and len(err.getvalue().splitlines())==1
+
+
 # torch's own ways, under autograd
 
 x,y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64),torch.arange(12)%3
@@ -281,7 +288,7 @@ def command(*args):
         before_batch(self)
         if (os.environ['RANK'],self.epoch,self.iter,self.training)==(os.environ.get('KILL'),2,1,True): os.kill(os.getpid(), signal.SIGKILL)
     OneCycle.before_batch = kill
-    sys.argv = [str(Path(sysconfig.get_path('scripts'))/'fnnlite_train'),*args]
-    runpy.run_path(sys.argv[0], run_name='__main__')
+    sys.argv = [script,*args]
+    runpy.run_path(script, run_name='__main__')
 
 if __name__=='__main__': globals()[sys.argv[1]](*sys.argv[2:])
