@@ -79,7 +79,7 @@ class Distributed(Callback):
     def _same_model(self):
         "Give all processes the weights of the first"
         state,theirs = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())},[None]*self.world
-        dist.all_gather_object(theirs, [f"{n} {tuple(t.shape)} {t.dtype}" for n,t in state.items()])
+        with self._others(): dist.all_gather_object(theirs, [f"{n} {tuple(t.shape)} {t.dtype}" for n,t in state.items()])
         for rank,names in enumerate(theirs):
             for a,b in zip_longest(theirs[0], names):
                 if a!=b: raise DistributedError(f"Distributed: the model of process {rank} has {b}, that of process 0 {a}")
