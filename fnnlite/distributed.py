@@ -51,7 +51,7 @@ def processes(
     dist.init_process_group('nccl' if gpu else 'gloo', timeout=timedelta(seconds=timeout), device_id=device if gpu else None)
     first = dist.get_rank()==0
     try:
-        with redirect_stdout(sys.stdout if first else None): yield first
+        with open(os.devnull, 'w') as nowhere, redirect_stdout(sys.stdout if first else nowhere): yield first
     finally: dist.destroy_process_group()
 
 # %% ../nbs/15_distributed.ipynb #15d1000e
