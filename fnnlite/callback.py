@@ -36,6 +36,7 @@ cancels = dict(zip(parts, (CancelFitException, CancelEpochException, CancelTrain
 class Callback(GetAttr):
     "Methods named after `events` are called there; `order` says which callback comes first"
     _default,order,learn = 'learn',0,None
+    once = () # the events where, of several processes, only the first one's callback is called
 
 # %% ../nbs/11_callback.ipynb #70f7f32a
 def _cell(v):
@@ -121,7 +122,7 @@ class StopAtNonFinite(Callback):
 # %% ../nbs/11_callback.ipynb #f6d2d09c
 class Progress(Callback):
     "A progress bar over the batches of the fit, where someone is watching, and a line of the table for each epoch"
-    order,bar = 10,None
+    order,bar,once = 10,None,events
     def before_fit(self):
         from fastcore.imports import ipython_shell
         from tqdm.auto import tqdm
@@ -160,7 +161,7 @@ class OneCycle(Callback):
 # %% ../nbs/11_callback.ipynb #e97c0ef0
 class Checkpoint(Callback):
     "Save to `folder` after each epoch, and go on from there"
-    order = 5
+    order,once = 5,('after_epoch',)
     def __init__(self,
         folder, # where `checkpoint.safetensors` is, or will be
         resume:bool=False, # go on from the one that is there, if one is?

@@ -9,12 +9,13 @@ __all__ = ['mlp', 'fnnlite_train', 'fnnlite_predict']
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-import sys
+import os, sys
 import torch
 from fastcore.script import call_parse
 from .callback import NonFiniteError, OneCycle, Checkpoint
 from .checkpoint import CheckpointError, load_tensors, put_state, save_tensors, write_file
 from .data import DataError, DataLoaders, load_mnist, normalize, read_image
+from .distributed import Distributed, DistributedError, launched, own_device, processes
 from .layers import Dropout, Lin, Relu
 from .learner import Learner, accuracy
 from .losses import CrossEntropy
@@ -26,8 +27,9 @@ from .testing import autograd_gap
 @contextmanager
 def _one_line_errors():
     try: yield
-    except (DataError, CheckpointError, NonFiniteError, OSError, ValueError) as e:
-        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+    except (DataError, CheckpointError, DistributedError, NonFiniteError, OSError, ValueError) as e:
+        which = f" (process {os.environ['RANK']})" if launched() else ''
+        print(f"{Path(sys.argv[0]).name}{which}: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt: sys.exit(130)
 
@@ -44,10 +46,11 @@ def mlp(
 
 # %% ../nbs/13_cli.ipynb #ee342c6d
 def _usable(device):
-    "The device of that name, if a number can be put there and read back; else ValueError"
+    "This process's device of that name, if a number can be put there and read back; else ValueError"
     try:
-        torch.ones(1, device=device).item()
-        return torch.device(device)
+        own = own_device(device)
+        torch.ones(1, device=own).item()
+        return own
     except (RuntimeError,AssertionError) as e: raise ValueError(f"device is {device!r}: {str(e).splitlines()[0]}") from None
 
 def _widths(layers):
@@ -69,11 +72,13 @@ def fnnlite_train(
     seed:int=42, # Of the weights, the order of the batches and dropout
     out:str='models', # Folder for weights, history, curves and checkpoint
     resume:bool=False, # Go on from the checkpoint in that folder?
+    precision:str=None, # Of float32 matrix products on a GPU: 'highest', 'high' or 'medium' (default: torch's)
 ):
     "Train a net on MNIST with hand-written gradients"
-    with _one_line_errors():
-        device = _usable(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    with _one_line_errors(), processes(device := _usable(device or ('cuda' if torch.cuda.is_available() else 'cpu'))) as first:
         hidden,out = _widths(layers),Path(out)
+        if precision not in (None,'highest','high','medium'): raise ValueError(f"precision is {precision!r}, expected highest, high or medium")
+        if precision: torch.set_float32_matmul_precision(precision)
         if epochs<1: raise ValueError(f"epochs is {epochs}, expected at least 1")
         torch.manual_seed(seed)
         mnist = load_mnist(data)
@@ -87,10 +92,13 @@ def fnnlite_train(
         print(f"Hand-written gradients against autograd's, in float64: they differ by at most {gap:.0e} of the largest")
         if not gap<1e-9: raise ValueError("the gradients are wrong: not training")
         settings = dict(data=data, bs=bs, lr=lr, layers=hidden, dropout=dropout, seed=seed, epochs=epochs)
-        learn = Learner(model, dls, partial(AdamW, lr=lr), [accuracy], [OneCycle(lr), Checkpoint(out, resume, settings)])
-        write_file(out/'.writable', b'') # rather an error now than after the training
-        (out/'.writable').unlink()
+        cbs = [OneCycle(lr), Checkpoint(out, resume, settings)] + [Distributed()]*launched()
+        learn = Learner(model, dls, partial(AdamW, lr=lr), [accuracy], cbs)
+        if first:
+            write_file(out/'.writable', b'') # rather an error now than after the training
+            (out/'.writable').unlink()
         learn.fit(epochs)
+        if not first: sys.exit(130 if learn.interrupted else 0)
         if learn.history:
             write_file(out/'history.csv', learn.history.to_csv().encode())
             import matplotlib

@@ -199,6 +199,7 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
     def backward(self,
         g=None, # gradient with respect to the output (several for several outputs); default: the `.g` it already has, or 1 for a scalar
         free:bool=False, # let go of each layer's record as soon as the walk has passed it?
+        ready=None, # is called with each parameter in the record as soon as its `.g` won't change any more in this walk
     ):
         "Walk back over the last recorded call; afterwards every tensor that entered or left a module in it has its `.g`"
         call = self._call
@@ -210,7 +211,7 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         chain = next((o for o in origins if isinstance(o, Chain)), None)
         if chain and call.chain is chain: raise GradError(
             f"{type(self).__name__}: a second backward() for one call; only the last call is remembered, so put what calls it twice into a Module")
-        walk,inps = Walk(self, free or is_compiling()),[t for t in call.inps if wants(t)]
+        walk,inps = Walk(self, free or is_compiling(), ready),[t for t in call.inps if wants(t)]
         walk.clear(call, keep=[t for t in inps if chain and origin(t) is chain])
         call.chain = chain or Chain()
         for o,g in zip(outs, gs): o.g = g

@@ -7,6 +7,7 @@ __all__ = ['accuracy', 'Learner']
 
 # %% ../nbs/12_learner.ipynb #c0e4ac45
 from contextlib import contextmanager
+from functools import partial
 import torch
 from fastcore.basics import listify
 from .callback import *
@@ -38,14 +39,14 @@ class Learner:
     @property
     def device(self): return next(self.model.parameters()).device
 
-    def __call__(self, event):
+    def __call__(self, event, *args):
         "Call what the callbacks have for `event`"
-        for f in self.handlers[event]: f()
+        for f in self.handlers[event]: f(*args)
 
     @contextmanager
     def _listening(self, cbs):
         cbs = sorted(cbs, key=lambda o: o.order)
-        self.handlers = {e:[getattr(o, e) for o in cbs if hasattr(type(o), e)] for e in events}
+        self.handlers = {e:[getattr(o, e) for o in cbs if hasattr(type(o), e)] for e in (*events,'grad_ready')}
         for o in cbs: o.learn = self
         try: yield
         finally:
@@ -95,7 +96,8 @@ class Learner:
         self.pred = self.model.layers.out
         self('after_pred')
         self('after_loss')
-        self._part('backward', self.model.backward)
+        ready = {'ready': partial(self, 'grad_ready')} if self.handlers['grad_ready'] else {}
+        self._part('backward', partial(self.model.backward, **ready))
         self._part('step', self.opt.step)
         self.opt.zero_grad()
 

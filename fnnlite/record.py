@@ -7,6 +7,7 @@ __all__ = ['GradError', 'tensors', 'maptree', 'is_float', 'is_param', 'floats', 
            'Call', 'grad', 'Walk', 'Chain', 'origin']
 
 # %% ../nbs/00_record.ipynb #1a5ea008
+from collections import Counter
 from inspect import signature
 import torch
 from torch import nn, Tensor
@@ -140,10 +141,12 @@ def _memory(t): return t.untyped_storage().data_ptr()
 # %% ../nbs/00_record.ipynb #59fe33c8
 class Walk:
     "One pass back over a call's record, `bwd` by `bwd`: all of it or, after an error, nothing"
-    def __init__(self, root, free): self.root,self.free,self.undo = root,free,[]
+    def __init__(self, root, free, ready=None): self.root,self.free,self.ready,self.undo = root,free,ready,[]
 
     def run(self, call):
-        try: self.visit(call)
+        try:
+            if self.ready: self.ahead = Counter(self.uses(call))
+            self.visit(call)
         except BaseException:
             for p,g,pgrad in reversed(self.undo): p.g,p.grad = g,pgrad
             self.clear(call)
@@ -155,8 +158,25 @@ class Walk:
             if grad(t) is not None and not is_param(t) and not any(t is k for k in keep): t.g = None
         for c in call.calls: self.clear(c, keep)
 
+    def params(self, call):
+        "Those that this call's own `bwd` has a part in the gradient of"
+        return dict.fromkeys(t for t in call.params+call.inps if is_param(t) and wants(t)) if call.module.has_bwd else {}
+
+    def uses(self, call):
+        "The parameters in the record, each as often as a `bwd` has a part in its gradient"
+        yield from self.params(call)
+        for c in call.calls: yield from self.uses(c)
+
+    def passed(self, params):
+        "Tell which of `params` no `bwd` ahead has a part in"
+        for p in params:
+            self.ahead[p] -= 1
+            if not self.ahead[p]: self.ready(p)
+
     def visit(self, call):
-        if call.module.has_bwd: self.bwd(call)
+        if call.module.has_bwd:
+            self.bwd(call)
+            if self.ready: self.passed(self.params(call))
         if not self.free:
             for c in reversed(call.calls): self.visit(c)
             return

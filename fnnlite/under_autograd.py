@@ -23,7 +23,7 @@ class StandIn:
         v = getattr(self._real, k)
         return {n:self._seen(o) for n,o in v.items()} if k in ('_parameters','_modules') else self._seen(v)
     def __setattr__(self, k, v): setattr(self._real, k, v)
-    def backward(self, g=None, free=False): raise GradError(
+    def backward(self, g=None, free=False, ready=None): raise GradError(
         f"{type(self).__name__}: backward() inside a bwd finds no record under autograd; leave the bwd around it to the chain rule, or write it out")
 
 _stand_ins = {}

@@ -36,7 +36,7 @@ class On(Callback):
     "Calls `f(callback)` at `event`, the first time that it's so inclined."
     def __init__(self, event, f, order=0):
         self.order = order
-        self.__class__ = type('On', (On,), {event: lambda self: f(self)})
+        self.__class__ = type('On', (On,), {event: lambda self,*args: f(self, *args)})
 
 class Log(Callback):
     "Notes the events, and raises `exc` at the `at`th."
@@ -242,6 +242,23 @@ def test_history_of_a_cancelled_epoch(event, exc):
     assert text[3].split()[1:4]==[f"{full[k]:.4f}" for k in ('train_loss','valid_loss','accuracy')] or any(0<abs(v)<1e-3 for v in full.values())
     ax = learn.plot_losses().axes
     assert learn.history[2]['valid_loss'] in next(l for l in ax[0].lines if l.get_label()=='valid_loss').get_ydata()
+
+def test_grad_ready():
+    "Called with each parameter in the middle of the pass, last layer first; a learner without such a callback asks for nothing."
+    seen,asked = [],[]
+    class Asked(Model):
+        def backward(self, **kw):
+            asked.append([*kw])
+            super().backward(**kw)
+    def note(self, p): seen.append((p, p.grad is grad(p) is not None, grad(self.model.layers[0].b) is None))
+    model = net()
+    layers = model.layers
+    learn = learner(On('grad_ready', note), model=Asked(layers, CrossEntropy())).fit(1)
+    assert len(seen)==4*3
+    assert [id(p) for p,*_ in seen[:4]]==[id(p) for p in (layers[2].w,layers[2].b,layers[0].w,layers[0].b)]
+    assert all(there for _,there,_ in seen) and [early for *_,early in seen[:4]]==[True,True,False,False]
+    learner(model=learn.model).fit(1)
+    assert asked==[['ready']]*3+[[]]*3
 
 def test_callbacks_by_order_and_attributes():
     seen = []
