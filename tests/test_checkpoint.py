@@ -1,12 +1,13 @@
 "What is on disk is whole, is the run's whole state, and can be trusted or is refused by name."
 import json, multiprocessing, os, pickle, resource, signal, stat, time, traceback
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
 from torch import nn
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from fnnlite.callback import Callback, Checkpoint, NonFiniteError, OneCycle
-from fnnlite.checkpoint import CheckpointError, load_tensors, put_state, save_tensors
+from fnnlite.checkpoint import CheckpointError, load_tensors, load_weights, put_state, save_tensors, save_weights
 from fnnlite.data import DataLoaders
 from fnnlite.layers import Dropout, Lin, Relu
 from fnnlite.learner import Learner, accuracy
@@ -339,3 +340,71 @@ def test_killed_from_outside(delay, reference, tmp_path):
     if (folder/'checkpoint.safetensors').exists(): assert 1<=state(folder)[1]['epochs']<=N
     end(start(folder), folder, 0)
     assert_same(folder, reference['adamw'])
+
+
+# Weights alone
+
+def net_and_file(path):
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    save_file(net.state_dict(), path)
+    return net
+
+def test_weights_both_ways(tmp_path):
+    "Of torch's modules and ours, on disk what safetensors' own functions read and write."
+    net = net_and_file(tmp_path/'a')
+    other = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    load_weights(other, tmp_path/'a')
+    save_weights(other, tmp_path/'b')
+    for k,t in load_file(tmp_path/'b').items(): assert torch.equal(t, net.state_dict()[k]), k
+    model,again = (Model([Lin(4, 3), Relu()], CrossEntropy()) for _ in range(2))
+    ws = list(again.parameters())
+    save_weights(model, tmp_path/'c')
+    load_weights(again, tmp_path/'c')
+    assert all(a is b and torch.equal(a, m) for a,b,m in zip(again.parameters(), ws, model.parameters(), strict=True))
+
+def changed(**change):
+    tensors = {k:t+1 if t.is_floating_point() else t for k,t in nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).state_dict().items()}
+    return {k:t for k,t in {**tensors, **change}.items() if t is not None}
+
+@pytest.mark.parametrize('tensors,match', [(changed(**{'1.bias':torch.ones(4)}), r"'1.bias' has shape \(4,\), expected \(3,\)"),
+    (changed(**{'1.bias':None}), "has no tensor '1.bias', which the model needs"), (changed(more=torch.ones(1)), "has a tensor 'more', which the model lacks"),
+    (changed(**{'1.bias':torch.ones(3).double()}), "'1.bias' has dtype torch.float64, expected torch.float32")])
+def test_weights_that_do_not_fit(tmp_path, tensors, match):
+    "The error names the file and the tensor, and nothing has changed."
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    before = [t.clone() for t in net.state_dict().values()]
+    save_file(tensors, tmp_path/'some.file')
+    with pytest.raises(CheckpointError, match='some.file: .*'+match): load_weights(net, tmp_path/'some.file')
+    assert all(torch.equal(a, b) for a,b in zip(before, net.state_dict().values(), strict=True))
+
+def test_tied_weights_once_or_under_each_name(tmp_path):
+    from safetensors.torch import save_model
+    def tied():
+        net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        net[1].weight = net[0].weight
+        return net
+    for save in (save_weights, lambda net,path: save_model(net, str(path))):
+        net,again = tied(),tied()
+        save(net, tmp_path/'f')
+        load_weights(again, tmp_path/'f')
+        assert torch.equal(again[0].weight, net[0].weight) and again[1].weight is again[0].weight
+
+class Evil:
+    def __reduce__(self): return exec, ("import builtins; builtins.ran = True",)
+
+def test_pickles_are_refused(tmp_path):
+    "And not run."
+    import builtins
+    torch.save({'weight':Evil()}, tmp_path/'f.pt')
+    (tmp_path/'g').write_bytes(pickle.dumps({'weight':Evil()}))
+    for name in ('f.pt','g','missing'):
+        with pytest.raises(CheckpointError, match=f'{name}: .*expected a safetensors file'): load_weights(nn.Linear(2, 2), tmp_path/name)
+    with pytest.raises(pickle.UnpicklingError): torch.load(tmp_path/'f.pt', weights_only=True)
+    assert not hasattr(builtins, 'ran')
+
+def test_no_other_way_to_load():
+    "All of the package: whoever calls torch.load or pickle says weights_only=True."
+    import fnnlite
+    for f in Path(fnnlite.__file__).parent.glob('*.py'):
+        for line in f.read_text(encoding='utf-8').splitlines():
+            assert 'import pickle' not in line and ('torch.load(' not in line or 'weights_only=True' in line), f"{f.name}: {line}"
