@@ -13,7 +13,8 @@ from .optim import SGD, Adam, AdamW, RMSprop
 from .testing import check_grads, test_near
 
 # loaded when used
-_when_used = {'DataLoaders':'data', 'load_mnist':'data', 'Learner':'learner', 'accuracy':'learner'}
+_when_used = {'DataLoaders':'data', 'load_mnist':'data', 'Learner':'learner', 'accuracy':'learner', 'save_weights':'checkpoint', 'load_weights':'checkpoint',
+    'Distributed':'distributed'}
 
 __all__ = ['GradError', 'const', 'wants', 'Module', 'Add', 'Concat', 'Dropout', 'Flatten', 'Lin', 'Log', 'LogSoftmax', 'Matmul', 'Mul', 'Relu', 'Reshape',
     'Sigmoid', 'Softmax', 'Tanh', 'BCEWithLogits', 'CrossEntropy', 'Mse', 'NLL', 'Model', 'Sequential', 'Wrap', 'from_torch', 'to_torch', 'SGD', 'Adam', 'AdamW',
