@@ -7,8 +7,9 @@ __all__ = ['pairs', 'Wrap', 'Pair', 'from_torch', 'to_torch']
 
 # %% ../nbs/14_bridge.ipynb #9aef83c2
 from collections import OrderedDict
-from copy import deepcopy
+from copy import copy, deepcopy
 from inspect import Parameter, signature
+from types import new_class
 import torch
 from torch import nn, Tensor
 from torch.compiler import is_compiling
@@ -143,6 +144,14 @@ class _Conversion:
         plain = type(m) is nn.Identity or isinstance(m, nn.Sequential) and type(m).forward in (nn.Sequential.forward, Sequential.forward)
         return OrderedDict((n,self(c, f'{path}.{n}' if path else n)) for n,c in m._modules.items()) if plain and not self.hooked(m) else None
 
+    def with_parts(self, m, path, cls):
+        "A copy of `m`, of the class `cls`, with its parts converted"
+        new = copy(m)
+        vars(new).update({k:v.copy() for k,v in vars(m).items() if isinstance(v, dict)})
+        new._modules.update({n:self(c, f'{path}.{n}' if path else n) for n,c in m._modules.items() if c is not None})
+        new.__class__ = cls
+        return new
+
     def hooked(self, m):
         return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m)
 
@@ -188,11 +197,23 @@ class _FromTorch(_Conversion):
         if isinstance(m, Module): raise ValueError(f"{type(m).__name__} is fnnlite's already")
         row = self.in_row(m, path)
         if row is not None: return Sequential(row)
+        if type(m) in (nn.ModuleList,nn.ModuleDict): return self.with_parts(m, path, type(m))
+        if not self.wrap and m._modules and not (m._parameters or m._buffers or self.hooked(m) or type(m).__module__.startswith('torch.')):
+            return self.own(m, path)
         try: pair = self.pair(m, 'theirs')
         except ValueError:
             if not self.wrap or getattr(m, 'inplace', False): raise # a record is no place for changes in place
             return Wrap(self.twin(m, path))
         return pair.to_ours(m, lambda p,turned: self.param(p, turned, path))
+
+    def own(self, m, path):
+        "A module of someone's own class, whose forward calls its parts"
+        ours = set(vars(Module))-set(dir(nn.Module))
+        taken = sorted(ours & {*m._modules, *dir(type(m)), *vars(m)})
+        if taken: raise ValueError(f"{type(m).__name__} has attributes {taken}, which a fnnlite module has of its own")
+        new = self.with_parts(m, path, new_class(type(m).__name__, (type(m),Module), exec_body=lambda ns: ns.update(torch_class=type(m))))
+        object.__setattr__(new, '_call', None)
+        return new
 
     def as_param(self, t, p):
         new = nn.Parameter(t, requires_grad=False)
@@ -207,6 +228,11 @@ class _ToTorch(_Conversion):
             m = m.f
         row = self.in_row(m, path)
         if row is not None: return nn.Sequential(row)
+        if type(m) in (nn.ModuleList,nn.ModuleDict): return self.with_parts(m, path, type(m))
+        if hasattr(type(m), 'torch_class'):
+            new = self.with_parts(m, path, type(m).torch_class)
+            del vars(new)['_call']
+            return new
         if not isinstance(m, Module): return self.twin(m, path)
         return self.pair(m, 'ours').to_theirs(m, lambda p,turned: self.param(p, turned, path))
 
@@ -214,7 +240,7 @@ class _ToTorch(_Conversion):
 
 # %% ../nbs/14_bridge.ipynb #b4a60006
 def from_torch(
-    module:nn.Module, # `nn.Sequential` (nested, too) of layers that fnnlite has, or one such layer or loss; it stays as it is
+    module:nn.Module, # one of layers that fnnlite has, in `nn.Sequential` or a class of its own, or one such layer or loss; it stays as it is
     copy:bool=True, # the weights; else both sides share their memory, and see each other's changes in place
     wrap:bool=False, # what has no counterpart becomes a `Wrap`; else it's an error
 )->Module:

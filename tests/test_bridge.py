@@ -357,10 +357,57 @@ def test_wrapped(copy):
     assert_same(back.eval(), ours.eval(), x.clone())
 
 class Net(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.lins,self.act,self.times = nn.ModuleDict(dict(a=nn.Linear(4, 4), b=nn.Linear(4, 4))),act,2
+        self.none = None
+    def forward(self, x):
+        for _ in range(self.times): x = self.act(self.lins['a'](x))
+        return self.last(x)
+    def last(self, x): return self.lins['b'](x)
+
+class Clash(nn.Module):
     def __init__(self):
         super().__init__()
-        self.lin = nn.Linear(4, 3)
-    def forward(self, x): return self.lin(x)+1
+        self.out = nn.Linear(4, 4)
+    def forward(self, x): return self.out(x)
+    def free(self): pass
+
+class Scaled(nn.Sequential):
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.w = nn.Parameter(torch.ones(4))
+    def forward(self, x): return super().forward(x)*self.w
+
+class Raw(Net):
+    def forward(self, x): return super().forward(x)+1
+
+class Backwards(nn.Sequential):
+    def forward(self, x): return self[0](self[1](x))
+
+@pytest.mark.parametrize('copy', [True,False])
+@pytest.mark.parametrize('make', [lambda: Net(nn.Tanh()), lambda: seq(nn.Linear(4, 4), Net(nn.Tanh()), nn.Sigmoid()),
+    lambda: Backwards(nn.ReLU(), nn.Linear(4, 4))], ids=['class','inside','sequential'])
+def test_class_of_its_own(make, copy):
+    "Its forward calls the converted parts; it stays what it is on the other side, and on the way back."
+    torch.manual_seed(0)
+    net = make().double().eval()
+    was,ours = repr(net),from_torch(net, copy)
+    assert repr(net)==was and isinstance(ours, Module) and not any(m.training for m in ours.modules())
+    assert not any(isinstance(m, nn.Linear) for m in ours.modules())
+    assert_same(net, ours, rand(5, 4))
+    assert_grads(deepcopy(ours), rand(5, 4))
+    back = to_torch(ours, copy)
+    assert repr(back)==was and [type(m) for m in back.modules()]==[type(m) for m in net.modules()]
+    assert_same(back, ours, rand(5, 4))
+    assert all((a is b) is False and (a.data_ptr()==b.data_ptr()) is (not copy) for a,b in zip(net.parameters(), back.parameters()))
+
+def test_raw_operations_in_a_class_of_its_own():
+    ours = from_torch(Raw(nn.Tanh()))
+    with pytest.raises(GradError, match='raw operation'): ours(torch.randn(5, 4))
+    ours.requires_grad_()(torch.randn(5, 4)).sum().backward()
+    assert all(p.grad is not None for p in ours.parameters())
+    assert type(from_torch(Raw(nn.Tanh()), wrap=True)) is Wrap
 
 class Odd(nn.Linear):
     def forward(self, x): return -super().forward(x)
@@ -370,14 +417,12 @@ def hooked():
     lin.register_forward_hook(lambda m, i, o: 2*o)
     return lin
 
-class Backwards(nn.Sequential):
-    def forward(self, x): return self[0](self[1](x))
-
 bad = {
     'name': (nn.Sequential(OrderedDict(a=nn.Linear(4, 4), b=nn.Sequential(OrderedDict(bn=nn.BatchNorm1d(4))))), 'b.bn: BatchNorm1d has no counterpart'),
-    'root': (Net(), '^from_torch: Net has no counterpart'),
+    'own': (Net(nn.GELU()), '^from_torch: act: GELU has no counterpart'),
+    'clash': (nn.Sequential(Clash()), r"0: Clash has attributes \['free', 'out'\], which a fnnlite module has of its own"),
+    'parameter': (nn.Sequential(Scaled(nn.Tanh())), '0: Scaled has no counterpart'),
     'subclass': (nn.Sequential(Odd(4, 4)), '0: Odd has no counterpart'),
-    'sequential': (nn.Sequential(Backwards(nn.ReLU(), nn.Tanh())), '0: Backwards has no counterpart'),
     'inplace': (nn.Sequential(nn.ReLU(inplace=True)), '0: ReLU has inplace=True'),
     'weight': (nn.CrossEntropyLoss(torch.ones(3)), r'CrossEntropyLoss has weight=a tensor of shape \(3,\)'),
     'ignore': (nn.NLLLoss(ignore_index=0), 'NLLLoss has ignore_index=0'),
