@@ -30,6 +30,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fnnlite.bridge._ToTorch': ('bridge.html#_totorch', 'fnnlite/bridge.py'),
                                 'fnnlite.bridge._ToTorch.as_param': ('bridge.html#_totorch.as_param', 'fnnlite/bridge.py'),
                                 'fnnlite.bridge._ToTorch.convert': ('bridge.html#_totorch.convert', 'fnnlite/bridge.py'),
+                                'fnnlite.bridge._Watch': ('bridge.html#_watch', 'fnnlite/bridge.py'),
+                                'fnnlite.bridge._Watch.__torch_function__': ('bridge.html#_watch.__torch_function__', 'fnnlite/bridge.py'),
                                 'fnnlite.bridge._leaves_of': ('bridge.html#_leaves_of', 'fnnlite/bridge.py'),
                                 'fnnlite.bridge._short': ('bridge.html#_short', 'fnnlite/bridge.py'),
                                 'fnnlite.bridge._vjp': ('bridge.html#_vjp', 'fnnlite/bridge.py'),

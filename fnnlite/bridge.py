@@ -14,11 +14,13 @@ import torch
 from torch import nn, Tensor
 from torch.compiler import is_compiling
 from torch.func import functional_call, vjp
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from .core import Module, through_forward
 from .layers import Dropout, Flatten, Lin, LogSoftmax, Relu, Sigmoid, Softmax, Tanh
 from .losses import BCEWithLogits, CrossEntropy, Mse, NLL
 from .model import Model, Sequential
-from .record import GradError, floats, is_float, maptree, wants
+from .record import GradError, floats, is_float, is_param, maptree, wants
 
 # %% ../nbs/14_bridge.ipynb #a41f9bda
 def _leaves_of(outs):
@@ -31,13 +33,22 @@ def _leaves_of(outs):
         todo += [n for n,_ in node.next_functions]
     return [n.variable for n in seen if hasattr(n, 'variable')] + [o for o in outs if o.is_leaf and o.requires_grad]
 
+class _Watch(TorchFunctionMode):
+    "Raise when an operation meets a parameter, or a recorded tensor, that came by another door"
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        for t in tree_leaves((args,kwargs)):
+            if isinstance(t, torch.Tensor) and (is_param(t) or hasattr(t, 'tape')) and wants(t): raise GradError(
+                f"Wrap: what it wraps uses a tensor of shape {tuple(t.shape)} that is neither its input nor its parameter, and whose gradient "
+                "would be lost: make it an argument, or mark it with const() if it wants no gradient")
+        return f(*args, **(kwargs or {}))
+
 def _vjp(f, *ts):
     "`torch.func.vjp(f, *ts, has_aux=True)`, and whether `f` depends on tensors besides `ts` that require grad"
     if is_compiling():
         outs,pull,aux = vjp(f, *ts, has_aux=True)
         return outs,pull,aux,any(o.requires_grad for o in outs)
     leaves = [t.detach().requires_grad_() for t in ts]
-    with torch.enable_grad(): outs,aux = f(*leaves)
+    with torch.enable_grad(), _Watch(): outs,aux = f(*leaves)
     def pull(gs):
         live = [(o,g) for o,g in zip(outs, gs) if o.requires_grad]
         if not live: return [torch.zeros_like(t) for t in leaves]

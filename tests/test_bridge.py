@@ -118,6 +118,22 @@ def test_stranger(f):
     with pytest.raises(GradError, match='neither its input nor its parameter'): Wrap(f)(torch.ones(2, 3))
 stranger = torch.ones(3, requires_grad=True)
 
+class Outside(Module):
+    "Another tensor of the net, in what is wrapped, by way of an attribute"
+    def __init__(self, f): self.lin,self.wrapped,self.f = Lin(3, 3),Wrap(lambda t: f(t, self)),f
+    def forward(self, x):
+        self.h = self.lin(x)
+        return self.wrapped(self.lin(self.h))
+
+@pytest.mark.parametrize('f', [lambda t,m: t@m.lin.w, lambda t,m: t+m.h, lambda t,m: torch.cat([t, m.h]), lambda t,m: nn.functional.linear(t, m.lin.w)])
+def test_another_tensor_of_the_net(f):
+    with pytest.raises(GradError, match=r'uses a tensor of shape .* that is neither its input nor its parameter'): Outside(f)(torch.ones(3, 3))
+
+def test_constants_from_outside():
+    x,c = rand(2, 3),const(rand(3))
+    lin = Lin(3, 3).double().freeze()
+    assert_grads(Wrap(lambda t: (t*c)@lin.w + torch.arange(3)), x)
+
 def test_in_place():
     with pytest.raises(RuntimeError, match='in-place'): Wrap(nn.ReLU(inplace=True))(torch.randn(3))
     lin,x = Sequential(Lin(3, 3), Wrap(torch.exp)),torch.randn(2, 3)
