@@ -8,6 +8,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fnnlite.bridge.Pair.to_theirs': ('bridge.html#pair.to_theirs', 'fnnlite/bridge.py'),
                                 'fnnlite.bridge.Wrap': ('bridge.html#wrap', 'fnnlite/bridge.py'),
                                 'fnnlite.bridge.Wrap.__init__': ('bridge.html#wrap.__init__', 'fnnlite/bridge.py'),
+                                'fnnlite.bridge.Wrap._bwd_params': ('bridge.html#wrap._bwd_params', 'fnnlite/bridge.py'),
                                 'fnnlite.bridge.Wrap._by_autograd': ('bridge.html#wrap._by_autograd', 'fnnlite/bridge.py'),
                                 'fnnlite.bridge.Wrap.bwd': ('bridge.html#wrap.bwd', 'fnnlite/bridge.py'),
                                 'fnnlite.bridge.Wrap.extra_repr': ('bridge.html#wrap.extra_repr', 'fnnlite/bridge.py'),

@@ -83,6 +83,7 @@ class Wrap(Module):
         wanted,pull = outs[0].pull
         ts = floats((args,kwargs,dict(self.named_parameters())))
         for i,g in zip(wanted, pull([o.g for o in outs])): ts[i].g = g
+    def _bwd_params(self): return list(self.parameters()) # torch may tie those inside
     def _by_autograd(self, *args):
         with through_forward(): return super()._by_autograd(*args) # autograd needs no help here
     def extra_repr(self): return '' if isinstance(self.f, nn.Module) else getattr(self.f, '__name__', repr(self.f))

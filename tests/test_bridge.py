@@ -36,6 +36,14 @@ class Twice(Module):
         x = self.lin(x)
         return self.lin(self.att(x, x, x)[0])
 
+class TiedInside(nn.Module):
+    "One weight under two names"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Linear(4, 4, bias=False),nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+    def forward(self, x): return self.b(self.a(x).tanh())
+
 class Keyword(Module):
     def __init__(self): self.lin,self.pair = Lin(4, 3),Wrap(Pair())
     def forward(self, x):
@@ -45,7 +53,8 @@ class Keyword(Module):
 cases = {'function': (lambda: Wrap(torch.tanh), 5, 4), 'Function': (lambda: Wrap(Clamp.apply), 5, 4), 'module': (lambda: Wrap(nn.Linear(4, 3)), 5, 4),
     'identity': (lambda: Wrap(lambda t: t), 5, 4), 'view': (lambda: Wrap(nn.Flatten()), 2, 3, 4), 'chunk': (lambda: Wrap(lambda t: t.chunk(2)), 4, 4),
     'dropout': (lambda: Wrap(nn.Dropout()), 5, 4), 'lstm': (lambda: Wrap(nn.LSTM(4, 3)), 5, 2, 4),
-    'batchnorm': (lambda: Wrap(nn.BatchNorm1d(4)), 5, 4), 'attention': (Twice, 2, 5, 4), 'keyword': (Keyword, 5, 4)}
+    'batchnorm': (lambda: Wrap(nn.BatchNorm1d(4)), 5, 4), 'attention': (Twice, 2, 5, 4), 'keyword': (Keyword, 5, 4),
+    'tied': (lambda: Wrap(TiedInside()), 5, 4)}
 
 @pytest.mark.parametrize('make,shape', [(make,shape) for make,*shape in cases.values()], ids=cases)
 def test_gradients(make, shape): assert_grads(make().double(), rand(*shape))
