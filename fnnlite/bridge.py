@@ -66,7 +66,7 @@ class Wrap(Module):
         params = dict(self.named_parameters())
         ts = floats((args,kwargs,params))
         wanted = [i for i,t in enumerate(ts) if wants(t)]
-        if not wanted or not torch.is_grad_enabled() or any(t.requires_grad for t in ts): return self.f(*args, **kwargs)
+        if not torch.is_grad_enabled() or any(t.requires_grad for t in ts) or (not wanted and is_compiling()): return self.f(*args, **kwargs)
         def f(*leaves):
             leaf = dict(zip([ts[i] for i in wanted], leaves))
             a,k,p = maptree(lambda t: leaf.get(t, t), (args,kwargs,params))

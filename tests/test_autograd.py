@@ -11,7 +11,7 @@ from fnnlite.losses import BCEWithLogits, CrossEntropy, Mse, NLL
 from fnnlite.model import Model, Sequential
 from fnnlite.record import GradError, const, floats, grad
 from fnnlite.testing import autograd_gap, check_grads
-from helpers import GivenBwd, each_fault, no_input, rand, right
+from helpers import GivenBwd, Id, Table, each_fault, no_input, rand, right
 
 def Lin64(ni, nf, **kw): return Lin(ni, nf, dtype=torch.float64, **kw)
 def leaf(*shape): return rand(*shape).requires_grad_()
@@ -138,13 +138,6 @@ class Both(Module):
         y = x*2
         return y,[y,x]
     def bwd(self, out, x): x.g = out[0].g*2 + out[1][0].g*2 + out[1][1].g
-class Id(Module):
-    def forward(self, x): return x
-    def bwd(self, out, x): x.g = out.g
-class Table(Module):
-    def __init__(self): self.w = rand(4, 4)
-    def forward(self): return self.w
-    def bwd(self, out): self.w.g = out.g
 class Net(Module):
     def __init__(self): self.l,self.both,self.id,self.add,self.table,self.mm,self.drop = Lin64(4, 4),Both(),Id(),Add(),Table(),Matmul(),Dropout()
     def forward(self, x):

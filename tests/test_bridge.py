@@ -4,7 +4,7 @@ from copy import deepcopy
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from fnnlite import SGD, AdamW, GradError, Lin, Log, Model, Module, Mse, Relu, Sequential, Wrap, from_torch, to_torch
+from fnnlite import SGD, AdamW, Add, GradError, Lin, Log, Model, Module, Mse, Relu, Sequential, Wrap, from_torch, to_torch
 from fnnlite.bridge import pairs
 from fnnlite.checkpoint import load_weights, save_weights
 from fnnlite.record import const, grad, wants
@@ -137,6 +137,14 @@ class Outside(Module):
 @pytest.mark.parametrize('f', [lambda t,m: t@m.lin.w, lambda t,m: t+m.h, lambda t,m: torch.cat([t, m.h]), lambda t,m: nn.functional.linear(t, m.lin.w)])
 def test_another_tensor_of_the_net(f):
     with pytest.raises(GradError, match=r'uses a tensor of shape .* that is neither its input nor its parameter'): Outside(f)(torch.ones(3, 3))
+
+def test_another_tensor_of_the_net_beside_a_constant():
+    class Beside(Module):
+        def __init__(self): self.lin,self.add,self.wrapped = Lin(3, 3),Add(),Wrap(lambda c: c*self.h)
+        def forward(self, x):
+            self.h = self.lin(x)
+            return self.add(self.h, self.wrapped(const(torch.ones(3))))
+    with pytest.raises(GradError, match='neither its input nor its parameter'): Beside()(torch.randn(2, 3))
 
 def test_constants_from_outside():
     x,c = rand(2, 3),const(rand(3))

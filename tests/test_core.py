@@ -8,7 +8,7 @@ from fnnlite.layers import Add, Concat, Dropout, Flatten, Lin, Matmul, Mul, Relu
 from fnnlite.losses import CrossEntropy, Mse
 from fnnlite.model import Model, Sequential
 from fnnlite.record import GradError, const, grad
-from helpers import GivenBwd, assert_grads, by_autograd, each_fault, no_input, rand, right
+from helpers import GivenBwd, Id, Table, assert_grads, by_autograd, each_fault, no_input, rand, right
 
 torch.manual_seed(0)
 Lin64 = partial(Lin, dtype=torch.float64)
@@ -208,13 +208,6 @@ def test_output_that_nothing_uses():
 
 def test_identity_outputs():
     "A module that hands its input, or a parameter, on as it is."
-    class Id(Module):
-        def forward(self, x): return x
-        def bwd(self, out, x): x.g = out.g
-    class Table(Module):
-        def __init__(self): self.w = rand(4, 4)
-        def forward(self): return self.w
-        def bwd(self, out): self.w.g = out.g
     class Net(Module):
         def __init__(self): self.id,self.l,self.add,self.table,self.mm = Id(),Lin64(4, 4),Add(),Table(),Matmul()
         def forward(self, x): return self.mm(self.add(self.id(self.id(x)), self.l(x)), self.table())
