@@ -9,7 +9,7 @@ __all__ = ['Loss', 'Mse', 'check_classes', 'one_hot', 'NLL', 'CrossEntropy', 'BC
 import torch
 from .core import Module
 from .layers import check_inp
-from .record import wants
+from .record import traced, wants
 
 # %% ../nbs/05_losses.ipynb #357d18de
 class Loss(Module):
@@ -48,7 +48,7 @@ class Mse(Loss):
         return self.reduce(self.diff(inp, targ).pow(2))
 
     def bwd(self, out, inp, targ):
-        g = 2*self.diff(inp, targ)*self.upstream(out, inp.numel())
+        g = self.diff(inp, targ)*(2*self.upstream(out, inp.numel()))
         if wants(inp): inp.g = g
         if wants(targ): targ.g = -g.reshape(targ.shape)
 
@@ -61,9 +61,12 @@ def check_classes(module, inp, targ):
     if targ.shape!=inp.shape[:-1]:
         raise ValueError(f"{module}: targ has shape {tuple(targ.shape)}, expected {tuple(inp.shape[:-1])} for inp {tuple(inp.shape)}")
     if targ.device!=inp.device: raise ValueError(f"{module}: targ is on device {targ.device}, expected {inp.device}")
-    if torch.compiler.is_compiling() or targ.is_cuda or targ.is_meta: return
+    if targ.is_cuda or targ.is_meta: return
+    if traced():
+        targ.n_classes = inp.shape[-1] # so that who runs the graph can check
+        return
     lo,hi = targ.aminmax()
-    if lo<0 or hi>=inp.shape[-1]: raise ValueError(f"{module}: targ has class indices from {lo} to {hi}, expected 0 to {inp.shape[-1]-1}")
+    if lo.item()<0 or hi.item()>=inp.shape[-1]: raise ValueError(f"{module}: targ has class indices from {lo} to {hi}, expected 0 to {inp.shape[-1]-1}")
 
 def one_hot(targ, like):
     "Class indices (...) as rows of zeros with a one (...,C), of `like`'s dtype"
@@ -99,12 +102,16 @@ class CrossEntropy(Loss):
         if isinstance(targ, torch.Tensor) and targ.is_floating_point() and targ.ndim==inp.ndim: self.check_targ(inp, targ)
         else: check_classes(self, inp, targ)
         logp = self.full(inp).log_softmax(-1)
-        out = self.reduce(-(self.probs(logp, targ)*logp).sum(-1))
+        if targ.is_floating_point() or self.smoothing: out = self.reduce(-(self.probs(logp, targ)*logp).sum(-1))
+        else: out = self.reduce(-logp.gather(-1, targ.unsqueeze(-1)))
         out.logp = logp
         return out
 
     def bwd(self, out, inp, targ):
         g = self.upstream(out, inp.numel()//inp.shape[-1])
+        if not targ.is_floating_point() and not self.smoothing:
+            inp.g = out.logp.exp().scatter_add_(-1, targ.unsqueeze(-1), torch.full_like(out.logp[...,:1], -1)).mul_(g)
+            return
         t = self.probs(out.logp, targ)
         if wants(inp): inp.g = (out.logp.exp()*t.sum(-1, keepdim=True) - t)*g
         if targ.is_floating_point() and wants(targ): targ.g = -out.logp*g*(1-self.smoothing)

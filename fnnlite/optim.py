@@ -47,12 +47,12 @@ def adam_step(ps, gs, avgs, sqrs, steps, lr, betas=(.9,.999), eps=1e-8, weight_d
     torch._foreach_lerp_(avgs, gs, 1-beta1)
     torch._foreach_mul_(sqrs, beta2)
     torch._foreach_addcmul_(sqrs, gs, gs, value=1-beta2)
-    short1,short2 = [1-beta1**n for n in steps],[(1-beta2**n).sqrt() for n in steps]
+    scales,short2 = [(lr/(1-beta1**n)).to(p.dtype) for p,n in zip(ps,steps)],[(1-beta2**n).sqrt().to(p.dtype) for p,n in zip(ps,steps)]
     roots = torch._foreach_sqrt(sqrs)
     torch._foreach_div_(roots, short2)
     torch._foreach_add_(roots, eps)
     moves = torch._foreach_div(avgs, roots)
-    torch._foreach_mul_(moves, [lr/s for s in short1])
+    torch._foreach_mul_(moves, scales)
     torch._foreach_sub_(ps, moves)
 
 # %% ../nbs/09_optim.ipynb #1b216702
