@@ -14,7 +14,7 @@ from .testing import check_grads, test_near
 
 # loaded when used
 _when_used = {'DataLoaders':'data', 'load_mnist':'data', 'Learner':'learner', 'accuracy':'learner', 'save_weights':'checkpoint', 'load_weights':'checkpoint',
-    'Distributed':'distributed'}
+    'Distributed':'distributed', 'compile_step':'compiled'}
 
 __all__ = ['GradError', 'const', 'wants', 'Module', 'Add', 'Concat', 'Dropout', 'Flatten', 'Lin', 'Log', 'LogSoftmax', 'Matmul', 'Mul', 'Relu', 'Reshape',
     'Sigmoid', 'Softmax', 'Tanh', 'BCEWithLogits', 'CrossEntropy', 'Mse', 'NLL', 'Model', 'Sequential', 'Wrap', 'from_torch', 'to_torch', 'SGD', 'Adam', 'AdamW',

@@ -72,6 +72,7 @@ def fnnlite_train(
     seed:int=42, # Of the weights, the order of the batches and dropout
     out:str='models', # Folder for weights, history, curves and checkpoint
     resume:bool=False, # Go on from the checkpoint in that folder?
+    compiled:bool=False, # Compile the training step? Needs a C++ compiler, and pays in long runs
     precision:str=None, # Of float32 matrix products on a GPU: 'highest', 'high' or 'medium' (default: torch's)
 ):
     "Train a net on MNIST with hand-written gradients"
@@ -93,7 +94,7 @@ def fnnlite_train(
         if not gap<1e-9: raise ValueError("the gradients are wrong: not training")
         settings = dict(data=data, bs=bs, lr=lr, layers=hidden, dropout=dropout, seed=seed, epochs=epochs)
         cbs = [OneCycle(lr), Checkpoint(out, resume, settings)] + [Distributed()]*launched()
-        learn = Learner(model, dls, partial(AdamW, lr=lr), [accuracy], cbs)
+        learn = Learner(model, dls, partial(AdamW, lr=lr), [accuracy], cbs, compiled)
         if first:
             write_file(out/'.writable', b'') # rather an error now than after the training
             (out/'.writable').unlink()

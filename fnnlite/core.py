@@ -40,6 +40,8 @@ def _bare(t):
 # %% ../nbs/01_core.ipynb #c4caaa6c
 class Module(nn.Module, metaclass=PrePostInitMeta):
     "A `torch.nn.Module` whose calls leave a record and whose `bwd` is written by hand, or is the chain rule over its parts"
+    reads = 'inp','out' # what `bwd` needs the numbers of: the arguments, the output; see `retain`
+    _lean = False
     keeps = () # names of what `forward` keeps on its output for `bwd`; only torch.compile under autograd must be told
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -86,11 +88,12 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
 
     def __call__(self, *args, **kwargs):
         if not torch.is_grad_enabled(): return super().__call__(*args, **kwargs)
-        parent,inps,params = getattr(_running, 'call', None),floats(args)+floats(kwargs),self._bwd_params()
+        parent,ts,params = getattr(_running, 'call', None),tensors(args)+tensors(kwargs) if kwargs else tensors(args),self._bwd_params()
         if parent is None and self._call is not None and not is_compiling(): self._forget()
-        if any(t.requires_grad for t in inps) or any(p.requires_grad for p in params): return self._by_autograd(parent, args, kwargs)
-        call = self._record(parent, args, kwargs, inps, params)
-        _running.call = None if self.has_bwd else call
+        for t in ts+params:
+            if t.requires_grad: return self._by_autograd(parent, args, kwargs)
+        call = self._record(parent, args, kwargs, ts, params)
+        _running.call = None if call.own else call
         try: out = self._forward(call, args, kwargs)
         except BaseException:
             if parent is not None: parent.calls.extend(call.calls) # who catches it may go on with what they made
@@ -125,15 +128,15 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         if not self.has_bwd: return []
         named = self.named_parameters(remove_duplicate=False) if self._modules else self._parameters.items()
         params = [p for _,p in named if p is not None]
-        if len(set(params))<len(params):
+        if not distinct(params):
             raise GradError(f"{type(self).__name__}: two of its parameters are the same tensor, so its bwd can't assign both; use it in two modules")
         return params
 
-    def _record(self, parent, args, kwargs, inps, params):
+    def _record(self, parent, args, kwargs, ts, params):
         "Begin the record of a call; every tensor must be accounted for"
-        if parent is None: return Call(self, args, kwargs, Tape(self, inps), inps, params)
-        call = Call(self, args, kwargs, parent.tape, inps, params)
-        for t in inps:
+        if parent is None: return Call(self, args, kwargs, Tape(self, ts), ts, params)
+        call = Call(self, args, kwargs, parent.tape, ts, params)
+        for t in call.inps:
             if not parent.tape.knows(t): raise GradError(
                 f"{path(self, parent.tape.root)}: {call.name(t)} of shape {tuple(t.shape)} is a view or was made by a raw operation, so its "
                 "gradient would be lost: make that operation a Module, or mark the tensor with const() if it wants no gradient")
@@ -165,10 +168,9 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
     def _recorded(self, call, parent, out):
         "Finish the record: mark what came out, and hand the record to the call that made this one"
         tape = call.tape
-        if self.has_bwd:
+        if call.own:
             ts = call.inps+call.params
-            mine = len({*call.outs, *ts})==len({*ts})+len(call.outs)
-            if not mine or any(getattr(o, 'tape', None) is tape or is_param(o) for o in call.outs):
+            if any(getattr(o, 'tape', None) is tape or is_param(o) or any(o is t for t in ts) for o in call.outs) or not distinct(call.outs):
                 out = maptree(lambda o: o.view_as(o), out) # an output of its own, with a .g of its own
                 call.done(out)
             live = any(map(wants, ts))
@@ -188,7 +190,8 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         if tape.autograd or any(o.requires_grad for o in call.outs): # a part of it is under autograd, and so all of it is autograd's
             if parent is None: call.release()
             return out
-        if parent is None or not is_compiling(): object.__setattr__(self, '_call', call)
+        if tape.lean and (parent is not None or call.own): call.lighten()
+        if parent is None or not (tape.compiling or tape.lean): object.__setattr__(self, '_call', call)
         return out
 
     def _forget(self):
@@ -211,10 +214,10 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         chain = next((o for o in origins if isinstance(o, Chain)), None)
         if chain and call.chain is chain: raise GradError(
             f"{type(self).__name__}: a second backward() for one call; only the last call is remembered, so put what calls it twice into a Module")
-        walk,inps = Walk(self, free or is_compiling(), ready),[t for t in call.inps if wants(t)]
+        walk,inps = Walk(self, free or call.tape.lean or is_compiling(), ready),[t for t in call.inps if wants(t)]
         walk.clear(call, keep=[t for t in inps if chain and origin(t) is chain])
         call.chain = chain or Chain()
-        for o,g in zip(outs, gs): o.g = g
+        for o,g in zip(outs, gs): o.g = slot(o).g = g
         walk.run(call)
         for o,g,f in zip(outs, gs, origins):
             if f!='author' or grad(o) is not g: o.g_from = grad(o),f
@@ -233,6 +236,13 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
             if o.numel()!=1: raise GradError(
                 f"{type(self).__name__}: backward() from an output of shape {tuple(o.shape)} needs the gradient to start from: backward(g)")
         return [torch.ones_like(o) for o in outs],origins
+
+    def retain(self,
+        on:bool=True, # or let go of every tensor that no `bwd` will read, and of each record as soon as `backward()` has passed it?
+    ):
+        "Keep the activations and their `.g` to look at (the default)? Without them a step needs less memory; the weights' and the input's `.g` stay"
+        self._lean = not on
+        return self
 
     def free(self):
         "Let go of all records, and so of the activations"

@@ -57,11 +57,12 @@ class Lin(Module):
         self.w,self.b = w,b
 
     def forward(self, inp):
-        check_inp(self, inp, self.w)
-        if inp.shape[-1:]!=self.w.shape[:1]:
-            raise ValueError(f"{self}: inp has shape {tuple(inp.shape)}, expected (...,{self.w.shape[0]})")
-        return F.lin(inp, self.w, self.b)
+        w = self.w
+        check_inp(self, inp, w)
+        if inp.shape[-1:]!=w.shape[:1]: raise ValueError(f"{self}: inp has shape {tuple(inp.shape)}, expected (...,{w.shape[0]})")
+        return F.lin(inp, w, self.b)
 
+    reads = ('inp',)
     def bwd(self, out, inp): F.lin_grad(out, inp, self.w, self.b)
     def extra_repr(self): return f"{self.w.shape[0]}, {self.w.shape[1]}, bias={self.b is not None}"
 
@@ -75,35 +76,42 @@ class Relu(Module):
     ): self.leak,self.sub,self.maxv = leak,sub,maxv
 
     def forward(self, inp): return F.relu(check_inp(self, inp), self.leak, self.sub, self.maxv)
+    @property
+    def reads(self): return ('inp',) if self.leak or self.sub or self.maxv is not None else ('out',)
     def bwd(self, out, inp): F.relu_grad(out, inp, self.leak, self.sub, self.maxv)
     def extra_repr(self): return ', '.join(f'{k}={v}' for k,v in (('leak',self.leak),('sub',self.sub),('maxv',self.maxv)) if v)
 
 class Sigmoid(Module):
     "1/(1+exp(-inp)): any shape"
     def forward(self, inp): return F.sigmoid(check_inp(self, inp))
+    reads = ('out',)
     def bwd(self, out, inp): F.sigmoid_grad(out, inp)
 
 class Tanh(Module):
     "The hyperbolic tangent: any shape"
     def forward(self, inp): return F.tanh(check_inp(self, inp))
+    reads = ('out',)
     def bwd(self, out, inp): F.tanh_grad(out, inp)
 
 class Softmax(Module):
     "Exponentials along `dim`, normalised to sum to one: any shape"
     def __init__(self, dim:int=-1): self.dim = dim
     def forward(self, inp): return F.softmax(check_inp(self, inp), self.dim)
+    reads = ('out',)
     def bwd(self, out, inp): F.softmax_grad(out, inp, self.dim)
 
 class LogSoftmax(Module):
     "The logarithm of `Softmax`, stable: any shape"
     def __init__(self, dim:int=-1): self.dim = dim
     def forward(self, inp): return F.log_softmax(check_inp(self, inp), self.dim)
+    reads = ('out',)
     def bwd(self, out, inp): F.log_softmax_grad(out, inp, self.dim)
 
 class Log(Module):
     "`log(inp+eps)`, so that a probability of 0 costs much and not infinitely much: any shape"
     def __init__(self, eps:float=1e-8): self.eps = eps
     def forward(self, inp): return F.log(check_inp(self, inp), self.eps)
+    reads = ('inp',)
     def bwd(self, out, inp): F.log_grad(out, inp, self.eps)
 
 # %% ../nbs/04_layers.ipynb #27881f73
@@ -114,16 +122,19 @@ class Matmul(Module):
         if a.ndim<2 or b.ndim<2 or a.shape[-1]!=b.shape[-2]:
             raise ValueError(f"{self}: a has shape {tuple(a.shape)} and b {tuple(b.shape)}, expected (...,n,k) and (...,k,m)")
         return F.matmul(a, b)
+    reads = ('inp',)
     def bwd(self, out, a, b): F.matmul_grad(out, a, b)
 
 class Add(Module):
     "`a + b`; shapes broadcast"
     def forward(self, a, b): return F.add(*_check_pair(self, a, b))
+    reads = ()
     def bwd(self, out, a, b): F.add_grad(out, a, b)
 
 class Mul(Module):
     "`a * b`, element by element; shapes broadcast"
     def forward(self, a, b): return F.mul(*_check_pair(self, a, b))
+    reads = ('inp',)
     def bwd(self, out, a, b): F.mul_grad(out, a, b)
 
 class Concat(Module):
@@ -132,6 +143,7 @@ class Concat(Module):
     def forward(self, *inps):
         for inp in inps: check_inp(self, inp, inps[0])
         return F.concat(*inps, dim=self.dim)
+    reads = ()
     def bwd(self, out, *inps): F.concat_grad(out, *inps, dim=self.dim)
 
 # %% ../nbs/04_layers.ipynb #70b0c7e4
@@ -139,6 +151,7 @@ class Reshape(Module):
     "`inp` as `shape`, with the same numbers in the same order"
     def __init__(self, *shape:int): self.shape = shape # one dimension may be -1
     def forward(self, inp): return F.reshape(check_inp(self, inp), self.shape)
+    reads = ()
     def bwd(self, out, inp): F.reshape_grad(out, inp)
     def extra_repr(self): return ', '.join(map(str, self.shape))
 
@@ -146,6 +159,7 @@ class Flatten(Module):
     "All dimensions from `start_dim` on as one: (B,...) to (B,n)"
     def __init__(self, start_dim:int=1): self.start_dim = start_dim
     def forward(self, inp): return check_inp(self, inp).flatten(self.start_dim)
+    reads = ()
     def bwd(self, out, inp): F.reshape_grad(out, inp)
 
 class Dropout(Module):
@@ -155,5 +169,6 @@ class Dropout(Module):
         if not 0<=p<=1: raise ValueError(f"Dropout: p is {p}, expected a probability")
         self.p = p
     def forward(self, inp): return F.dropout(check_inp(self, inp), self.p) if self.training else inp
+    reads = ()
     def bwd(self, out, inp): F.dropout_grad(out, inp)
     def extra_repr(self): return str(self.p)

@@ -28,6 +28,7 @@ class Learner:
         opt, # an optimizer over the model's parameters, or a function of them that makes one
         metrics=(), # functions of (pred, targ)
         cbs=(), # callbacks
+        compiled:bool=False, # run each training step as one graph (see `compile_step`)? Callbacks can't look into it then
     ):
         self.model,self.dls,self.metrics = model,dls,tuple(listify(metrics))
         self.opt = opt if isinstance(opt, torch.optim.Optimizer) else opt(model.parameters())
@@ -35,6 +36,10 @@ class Learner:
         if not any(p in mine for g in self.opt.param_groups for p in g['params']): raise ValueError("Learner: opt has none of the model's parameters")
         self.history,self.epoch,self.n_epoch,self.training = History(),0,0,False
         self.cbs = [Recorder(),StopAtNonFinite(),Progress(),*(o() if isinstance(o, type) else o for o in listify(cbs))]
+        self.step = None
+        if compiled:
+            from fnnlite.compiled import compile_step
+            self.step = compile_step(model, self.opt)
 
     @property
     def device(self): return next(self.model.parameters()).device
@@ -65,6 +70,10 @@ class Learner:
     ):
         "Train for `n` epochs. Ctrl-C ends it after the last whole epoch in the history; `learn.interrupted` tells"
         if n<1: raise ValueError(f"Learner: fit got n={n}, expected at least 1 epoch")
+        if self.step is not None:
+            for o in self.cbs:
+                for e in inner_events:
+                    if hasattr(type(o), e): raise ValueError(f"Learner: {type(o).__name__} wants to be called at '{e}', which is inside a compiled step")
         self.n_epoch,self.epoch,self.interrupted,self.history = n,0,False,History()
         with self._listening(self.cbs):
             try: self._part('fit', self._epochs)
@@ -92,6 +101,9 @@ class Learner:
         with torch.set_grad_enabled(self.training): self._part(name, batches)
 
     def _train_batch(self):
+        if self.step is not None:
+            self.loss = self.step(self.xb, self.yb)
+            return self('after_loss')
         self.loss = self.model(const(self.xb), const(self.yb))
         self.pred = self.model.layers.out
         self('after_pred')

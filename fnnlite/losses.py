@@ -14,6 +14,7 @@ from .record import traced, wants
 # %% ../nbs/05_losses.ipynb #357d18de
 class Loss(Module):
     "What the losses share: the reduction of one number per item, or element, to one"
+    reads = ('inp',)
     def __init__(self,
         reduction:str='mean', # 'mean' or 'sum'
     ):
@@ -84,7 +85,7 @@ class NLL(Loss):
 # %% ../nbs/05_losses.ipynb #ae107266
 class CrossEntropy(Loss):
     "-Σ t log softmax(inp) over the last dimension; `inp` (...,C), `targ` class indices (...) or probabilities (...,C)"
-    keeps = ('logp',)
+    keeps,reads = ('logp',),()
     def __init__(self,
         reduction:str='mean', # over the items: 'mean' or 'sum'
         smoothing:float=0., # of the labels, 0 to 1

@@ -9,8 +9,14 @@ __all__ = ['sgd_step', 'rmsprop_step', 'adam_step', 'Optimizer', 'SGD', 'RMSprop
 import torch
 from torch import Tensor
 from .core import zero_grad
+from .record import traced
 
 # %% ../nbs/09_optim.ipynb #e0aef1b6
+def _go(ps, steps, lr):
+    "p -= lr·step; a graph can't read the number in `lr`"
+    if traced() and isinstance(lr, Tensor): torch._foreach_sub_(ps, torch._foreach_mul(steps, lr))
+    else: torch._foreach_add_(ps, steps, alpha=-float(lr))
+
 def _decayed(ps, gs, weight_decay): return torch._foreach_add(gs, ps, alpha=weight_decay) if weight_decay else gs
 
 def sgd_step(ps, gs, vs, lr, momentum=0., nesterov=False, weight_decay=0.):
@@ -20,7 +26,7 @@ def sgd_step(ps, gs, vs, lr, momentum=0., nesterov=False, weight_decay=0.):
         torch._foreach_mul_(vs, momentum)
         torch._foreach_add_(vs, gs)
         gs = torch._foreach_add(gs, vs, alpha=momentum) if nesterov else vs
-    torch._foreach_sub_(ps, torch._foreach_mul(gs, lr))
+    _go(ps, gs, lr)
 
 # %% ../nbs/09_optim.ipynb #ad4e325e
 def rmsprop_step(ps, gs, sqrs, vs, lr, alpha=.99, eps=1e-8, momentum=0., weight_decay=0.):
@@ -35,7 +41,7 @@ def rmsprop_step(ps, gs, sqrs, vs, lr, alpha=.99, eps=1e-8, momentum=0., weight_
         torch._foreach_mul_(vs, momentum)
         torch._foreach_add_(vs, steps)
         steps = vs
-    torch._foreach_sub_(ps, torch._foreach_mul(steps, lr))
+    _go(ps, steps, lr)
 
 # %% ../nbs/09_optim.ipynb #58c8eb11
 def adam_step(ps, gs, avgs, sqrs, steps, lr, betas=(.9,.999), eps=1e-8, weight_decay=0., decoupled=False):

@@ -83,7 +83,7 @@ class Node(torch.autograd.Function):
         for o,g,attrs in zip(tensors(out), gs, kept):
             for k,v in attrs.items(): setattr(o, k, v)
             o.g = g
-        call = Call(stand_in(module, dict(zip(real, params))), args, kwargs, None, floats(ts[:n-len(real)]), params)
+        call = Call(stand_in(module, dict(zip(real, params))), args, kwargs, None, ts[:n-len(real)], params)
         call.autocast = ctx.autocast
         call.done(out)
         wanted = [t for t in call.inps+params if wants(t)]

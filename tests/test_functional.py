@@ -189,7 +189,7 @@ def test_unbroadcast(shape, to):
     close(F.unbroadcast(g, torch.Size(to)), torch.autograd.grad(t.expand(shape), t, g)[0])
 
 def test_every_function_has_its_gradient():
-    names = set(F.__all__)-{'unbroadcast'}
+    names = set(F.__all__)-{'unbroadcast','rows','product','onednn_is_faster','amd_processor'}
     assert {n for n in names if not n.endswith('_grad')}=={n[:-5] for n in names if n.endswith('_grad')}
 
 
