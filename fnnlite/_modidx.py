@@ -425,6 +425,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fnnlite.record.Slot': ('record.html#slot', 'fnnlite/record.py'),
                                 'fnnlite.record.Slot.__getattr__': ('record.html#slot.__getattr__', 'fnnlite/record.py'),
                                 'fnnlite.record.Slot.__init__': ('record.html#slot.__init__', 'fnnlite/record.py'),
+                                'fnnlite.record.Slot.is_complex': ('record.html#slot.is_complex', 'fnnlite/record.py'),
+                                'fnnlite.record.Slot.is_floating_point': ('record.html#slot.is_floating_point', 'fnnlite/record.py'),
                                 'fnnlite.record.Slot.numel': ('record.html#slot.numel', 'fnnlite/record.py'),
                                 'fnnlite.record.Tape': ('record.html#tape', 'fnnlite/record.py'),
                                 'fnnlite.record.Tape.__init__': ('record.html#tape.__init__', 'fnnlite/record.py'),

@@ -8,6 +8,7 @@ __all__ = ['GradError', 'traced', 'tensors', 'maptree', 'is_float', 'is_param', 
 
 # %% ../nbs/00_record.ipynb #1a5ea008
 from collections import Counter
+from copy import copy
 from inspect import signature
 import torch
 from torch import nn, Tensor
@@ -74,6 +75,8 @@ class Slot:
         vars(self).update(vars(t))
         self.shape,self.dtype,self.device,self.ndim = t.shape,t.dtype,t.device,t.ndim
     def numel(self): return self.shape.numel()
+    def is_floating_point(self): return True
+    def is_complex(self): return self.dtype.is_complex
     def __getattr__(self, k): raise AttributeError(f"no '{k}': the numbers of this tensor are gone, since the module's `reads` leaves it out")
 
 def slot(t):
@@ -259,11 +262,11 @@ class Walk:
         wanted,seen = [(p,p) for p in call.params if wants(p)],set(call.params)
         def target(t):
             if not is_float(t): return t
-            alias = t if t not in seen or isinstance(t, Slot) else t.detach() if wants(t) else const(t)
+            alias = t if t not in seen else copy(t) if isinstance(t, Slot) else t.detach() if wants(t) else const(t)
             seen.add(t)
             if wants(t): wanted.append((slot(t),alias))
             return alias
-        return maptree(target, call.args),maptree(target, call.kwargs),wanted
+        return maptree(target, call.args, (Tensor,Slot)),maptree(target, call.kwargs, (Tensor,Slot)),wanted
 
     def collected(self, call, t):
         "The gradient that `t` has so far"

@@ -712,3 +712,74 @@ def test_layer_that_calls_modules_inside():
             self.a.backward(self.act.args[0].g*2)
     m = Sequential(Lin64(4, 4), Block(), Tanh())
     for times in (1,2): assert_grads(m, rand(3, 4), times=1) or m.zero_grad()
+
+
+# Without what nobody reads
+
+class Mixed(Module):
+    "Layers that read their input, their output, both or neither; a tensor used twice, a layer used twice."
+    def __init__(self):
+        self.l,self.act,self.add,self.cat,self.mul,self.last = Lin64(4, 4),Tanh(),Add(),Concat(),Mul(),Lin64(8, 4)
+    def forward(self, x):
+        h = self.act(self.l(x))
+        r = self.add(self.l(h), h)
+        return self.last(self.cat(self.mul(r, r), self.mul(h, x)))
+
+@pytest.mark.parametrize('mid', [Relu, lambda: Relu(.1, .2, 1.), Sigmoid, Tanh, Softmax, Dropout, Mixed, Same, Feeds, Recursive, LessonRelu,
+    lambda: Sequential(Concat(), Flatten()), lambda: Sequential(Id(), Mixed())], ids=lambda f: getattr(f, '__name__', ''))
+def test_lean_gradients(mid):
+    "The same gradients, bit by bit, whatever was kept."
+    layer = mid()
+    args = (2,) if mid is Recursive else ()
+    class Net(Module):
+        def __init__(self): self.first,self.mid,self.last = Lin64(4, 4),layer,Lin64(2 if mid is Feeds else 4, 3)
+        def forward(self, x): return self.last(self.mid(self.first(x), *args))
+    net,x,y = Model(Net(), CrossEntropy()),rand(4, 4),torch.randint(0, 3, (4,))
+    def grads(on):
+        net.retain(on)
+        torch.manual_seed(3)
+        loss = net(x, y)
+        net.backward()
+        res = [loss.clone(), x.g.clone(), *(p.g.clone() for p in net.parameters())]
+        net.zero_grad()
+        return res
+    for on in (False,True,False): assert all(map(torch.equal, grads(on), grads(True)))
+
+def test_lean_keeps_what_is_read_and_no_more():
+    alive = {}
+    class Watched(Module):
+        def __init__(self): self.a,self.relu,self.b = Lin64(4, 5),Relu(),Lin64(5, 3)
+        def forward(self, x):
+            for n in ('a','relu','b'):
+                x = getattr(self, n)(x)
+                alive[n] = weakref.ref(x)
+            return x
+    net,(x,y) = Model(Watched(), Mse()),batch()
+    loss = net.retain(False)(x, y)
+    assert [n for n in alive if alive[n]() is not None]==['relu','b'] # `Lin` and `Mse` read their input, `Relu` its output
+    net.backward()
+    assert all(r() is None for r in alive.values()) and x.g is not None and net.out is None
+    with pytest.raises(GradError, match='before a recorded forward'): net.backward()
+
+def test_lean_refuses_what_is_wrong_all_the_same():
+    class Liar(Module):
+        reads = ()
+        def forward(self, inp): return inp**2
+        def bwd(self, out, inp): inp.g = 2*inp*out.g
+    net,(x,y) = Model([Lin64(4, 3), Liar()], Mse()),batch()
+    net.retain(False)(x, y)
+    with pytest.raises(TypeError, match='Slot'): net.backward()
+    assert all(grad(p) is None for p in net.parameters())
+    class InPlace(Module):
+        def __init__(self): self.a,self.act,self.b = Lin64(4, 4),Tanh(),Lin64(4, 3)
+        def forward(self, x):
+            h = self.act(self.a(x))
+            out = self.b(h)
+            h.mul_(2) # which both read
+            return out
+    net = Model(InPlace(), Mse())
+    net.retain(False)(x, y)
+    with pytest.raises(GradError, match='was changed in place'): net.backward()
+    net = Model([GivenBwd(no_input) if i else Lin64(4, 4) for i in range(2)], Mse())
+    net.retain(False)(x, rand(6, 4))
+    with pytest.raises(GradError, match='got no .g'): net.backward()

@@ -188,6 +188,24 @@ def test_unbroadcast(shape, to):
     t,g = rand(*to).requires_grad_(),rand(*shape)
     close(F.unbroadcast(g, torch.Size(to)), torch.autograd.grad(t.expand(shape), t, g)[0])
 
+routes = [('AVX512',True,(512,784,512),True), ('AVX512',False,(512,784,512),False), ('AVX512',True,(64,784,50),False), ('AVX2',True,(2**15,300,100),True),
+    ('AVX2',True,(8192,785,512),False), ('AVX2',True,(784,2**15,100),False)]
+@pytest.mark.parametrize('capability,amd,size,onednn', routes)
+def test_product(monkeypatch, capability, amd, size, onednn):
+    "Whichever processor this is: the route that was the fastest on that one, and as exact as `@`."
+    if not torch.backends.mkldnn.is_available(): pytest.skip('this torch has no oneDNN')
+    monkeypatch.setattr(F, 'amd_processor', lambda: amd)
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    n,k,m = size
+    assert F.onednn_is_faster(n, k, m)==onednn
+    if size==(784,2**15,100): return # as far as the choice goes
+    a,b,c = torch.randn(n, k),torch.randn(k, m),torch.randn(m)
+    for bias,a,b in ((None,a,b), (c,a,b), (c,a.t().contiguous().t(),b.t().contiguous().t())):
+        exact = a.double()@b.double()+(0 if bias is None else bias)
+        plain = (a@b+(0 if bias is None else bias)-exact).abs().max()
+        torch.testing.assert_close(F.product(a, b, bias).double(), exact, rtol=0, atol=8*plain.item())
+    assert F.product(a[:4].reshape(2, 2, k), b, c).shape==(2, 2, m)
+
 def test_every_function_has_its_gradient():
     names = set(F.__all__)-{'unbroadcast','rows','product','onednn_is_faster','amd_processor'}
     assert {n for n in names if not n.endswith('_grad')}=={n[:-5] for n in names if n.endswith('_grad')}
