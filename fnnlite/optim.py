@@ -57,9 +57,8 @@ def adam_step(ps, gs, avgs, sqrs, steps, lr, betas=(.9,.999), eps=1e-8, weight_d
     roots = torch._foreach_sqrt(sqrs)
     torch._foreach_div_(roots, short2)
     torch._foreach_add_(roots, eps)
-    moves = torch._foreach_div(avgs, roots)
-    torch._foreach_mul_(moves, scales)
-    torch._foreach_sub_(ps, moves)
+    torch._foreach_div_(roots, scales)
+    torch._foreach_addcdiv_(ps, avgs, roots, value=-1)
 
 # %% ../nbs/09_optim.ipynb #1b216702
 class Optimizer(torch.optim.Optimizer):

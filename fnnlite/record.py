@@ -143,6 +143,7 @@ class Call:
         for o in self.outs:
             if slot(o) is o: o.slot = Slot(o)
         if self.own and 'out' in self.module.reads: return
+        for o in self.outs: [vars(o).pop(k, None) for k in self.module.keeps] # the slot has it
         if self.own: self.noted,self.versions = self.noted[:-len(self.outs)],self.versions[:-len(self.outs)]
         self.out,self.outs = maptree(slot, self.out),[slot(o) for o in self.outs]
 
@@ -241,6 +242,8 @@ class Walk:
             t.g = g
             if is_param(t): t.grad = g
         for t,g in aside: t.g = g
+        if call.tape.lean:
+            for o in call.outs: [vars(slot(o)).pop(k, None) for k in call.module.keeps]
 
     def assigned(self, call, args, kwargs, wanted):
         "Run the module's own `bwd`, under the autocast of its forward; what it assigned to each alias in `wanted`, if it may pass"

@@ -1,0 +1,69 @@
+"Whole runs: seconds until 98 % of MNIST's validation digits are read right, by the same recipe"
+import tempfile, time
+import torch
+from .torch_home import fnn_model, fnn_step, losses, torch_net, torch_step
+from .workers import PeerError, fresh, say
+from .workloads import Workload
+
+recipe = Workload('mnist', (784,512,256,10), 128)
+lr = 1e-3
+
+class FirstCall:
+    "The function `f`; `secs` are those of its first call, which compiles"
+    def __init__(self, f): self.f,self.secs = f,None
+    def __call__(self, *args):
+        if self.secs is not None: return self.f(*args)
+        start = time.perf_counter()
+        res = self.f(*args)
+        self.secs = time.perf_counter()-start
+        return res
+
+def until(goal, epochs, step, batches, predict, x, y):
+    "Train until an epoch ends with the accuracy `goal`, for at most so many `epochs`"
+    step,start = FirstCall(step),time.perf_counter()
+    for epoch in range(1, epochs+1):
+        for xb,yb in batches(): step(xb, yb)
+        with torch.no_grad(): acc = sum((predict(xb).argmax(-1)==yb).sum() for xb,yb in zip(x.split(1000), y.split(1000))).item()/len(x)
+        if acc>=goal: break
+    return dict(seconds=time.perf_counter()-start, first=step.secs, epochs=epoch, accuracy=acc, reached=acc>=goal)
+
+def fnnlite_run(m, goal, epochs, seed, device, compiled=False):
+    from fnnlite import Adam, DataLoaders
+    model = fnn_model(recipe, device, seed=seed)
+    opt = Adam(model.parameters(), lr=lr)
+    dls = DataLoaders.from_arrays(*m, bs=recipe.bs, seed=seed, device=device, drop_last=True)
+    return until(goal, epochs, fnn_step(model, opt, compiled), lambda: dls.train, model.predict, dls.valid.x, dls.valid.y)
+
+def torch_run(m, goal, epochs, seed, device, loader=False):
+    net = torch_net(recipe, device, seed=seed)
+    step = torch_step(lambda xb,yb: losses['ce'](net(xb), yb), torch.optim.Adam(net.parameters(), lr=lr))
+    g = torch.Generator().manual_seed(seed)
+    def from_loader():
+        for xb,yb in dl: yield xb.to(device),yb.to(device)
+    def from_memory():
+        for ids in torch.randperm(len(x), generator=g).to(device).split(recipe.bs)[:len(x)//recipe.bs]: yield x.index_select(0, ids),y.index_select(0, ids)
+    if loader: dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(m[0], m[1]), recipe.bs, shuffle=True, drop_last=True, generator=g)
+    x,y,xv,yv = (t.to(device) for t in m)
+    return until(goal, epochs, step, from_loader if loader else from_memory, net, xv, yv)
+
+runs = {
+    'fnnlite compiled': lambda *args: fnnlite_run(*args, compiled=True),
+    'fnnlite eager': fnnlite_run,
+    'torch, DataLoader': lambda *args: torch_run(*args, loader=True),
+    'torch, tensors in memory': torch_run}
+
+def one_run(name, data, goal, epochs, seed, device):
+    from fnnlite import load_mnist
+    return runs[name](load_mnist(data).normalize(), goal, epochs, seed, device)
+
+def run(args, fail):
+    from fnnlite import load_mnist
+    if len(load_mnist(args.data).x_train)<60000 and not args.quick: return fail('mnist', '', 'all', 'all of MNIST is not here: --data PATH')
+    goal,epochs,seeds = (.5,2,1) if args.quick else (.98,12,3)
+    for seed in range(seeds): # seed by seed, so that a slow spell of the machine's hits all
+        for name in runs:
+            say(f'mnist: {name}, seed {seed}')
+            # each compiles for itself
+            with tempfile.TemporaryDirectory() as cache:
+                try: yield [dict(peer=name, seed=seed, **fresh(one_run, name, args.data, goal, epochs, seed, args.device, TORCHINDUCTOR_CACHE_DIR=cache))]
+                except PeerError as e: fail('mnist', f'seed {seed}', name, e)
