@@ -21,7 +21,7 @@ from .record import path
 parts = ('fit','epoch','train','validate','batch','backward','step')
 events = ([f'{when}_{part}' for part in parts for when in ('before','after_cancel','after')] + ['after_pred','after_loss'])
 
-inner_events = ['after_pred', 'grad_ready'] + [f'{when}_{part}' for part in ('backward','step') for when in ('before','after_cancel','after')] # of a training step
+inner_events = ['after_pred','grad_ready'] + [e for e in events if e.endswith(('_backward','_step'))] # those in the middle of a training step
 
 class CancelException(Exception): "Ends a part of the loop early"
 class CancelFitException(CancelException): "Ends the fit"

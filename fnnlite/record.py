@@ -292,7 +292,8 @@ class Walk:
         if g.shape!=t.shape or g.dtype!=t.dtype:
             self.fail(call, t, f"got a .g of {tuple(g.shape)} {g.dtype}, expected {tuple(t.shape)} {t.dtype}")
         if own:
-            if g._base is not None or any(g is o for o in taken) if self.compiling else any(_alias(g, o) for o in taken): g = g.clone()
+            shared = g._base is not None or any(g is o for o in taken) if self.compiling else any(_alias(g, o) for o in taken)
+            if shared: g = g.clone()
         taken.append(g)
         return g
 

@@ -1,5 +1,5 @@
 "`compile_step`: the same weights as the ordinary step, whatever is changed in between; what can't be one graph is run as it is."
-import random, warnings
+import random, re
 from functools import partial
 from pathlib import Path
 import pytest, torch
@@ -78,7 +78,8 @@ def new_layer(model, opt):
     model.layers[3] = Lin64(5, 3)
     opt.add_param_group({'params': list(model.layers[3].parameters())})
 
-@pytest.mark.parametrize('change,graphs', [(halve, 1), (reload, 2), (lambda m,o: m.layers[0].freeze(), 2), (lambda m,o: m.eval(), 2), (new_data, 2), (new_layer, 2),
+@pytest.mark.parametrize('change,graphs', [(halve, 1), (reload, 2), (lambda m,o: m.layers[0].freeze(), 2), (lambda m,o: m.eval(), 2),
+    (new_data, 2), (new_layer, 2),
     (lambda m,o: o.param_groups[0].update(momentum=.5), 2), (lambda m,o: setattr(m.layers[2], 'p', .7), 2)],
     ids=['weights','reload','freeze','eval','layout','layer','momentum','option'])
 def test_changes_are_seen(interpreted, change, graphs): same(graphs=graphs, between=at(30, change))
@@ -140,7 +141,7 @@ def test_ordinary_steps_where_there_is_no_graph(interpreted, make, why):
     with pytest.warns(UserWarning, match='compile_step: no graph') as found:
         step = same(graphs=0, make=lambda: Model([make(), Lin64(6, 3)] if make is Draws else make(), CrossEntropy()), between=start)
     assert len([w for w in found if 'compile_step' in str(w.message)])==1
-    assert __import__('re').search(why, step.why_not)
+    assert re.search(why, step.why_not)
 
 def test_hooks_are_heard(interpreted):
     heard,model = [],net()

@@ -756,7 +756,7 @@ def test_lean_keeps_what_is_read_and_no_more():
             return x
     net,(x,y) = Model(Watched(), Mse()),batch()
     loss = net.retain(False)(x, y)
-    assert [n for n in alive if alive[n]() is not None]==['relu','b'] # `Lin` and `Mse` read their input, `Relu` its output
+    assert loss.ndim==0 and [n for n in alive if alive[n]() is not None]==['relu','b'] # `Lin` and `Mse` read their input, `Relu` its output
     net.backward()
     assert all(r() is None for r in alive.values()) and x.g is not None and net.out is None
     with pytest.raises(GradError, match='before a recorded forward'): net.backward()
