@@ -104,7 +104,8 @@ def first_nonfinite(model)->str:
     def search(call):
         for c in call.calls:
             if (found := search(c)): return found
-        if call.module.has_bwd and not all(o.isfinite().all() for o in call.outs if isinstance(o, torch.Tensor)): return f"the output of {path(call.module, model)}"
+        if call.module.has_bwd and not all(o.isfinite().all() for o in call.outs if isinstance(o, torch.Tensor)):
+            return f"the output of {path(call.module, model)}"
     call = model._call
     if call is None: return "the loss (a compiled step doesn't remember what came before it)"
     if not all(t.isfinite().all() for t in call.inps): return "the input"

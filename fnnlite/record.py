@@ -261,7 +261,7 @@ class Walk:
     def targets(self, call):
         "The arguments for `bwd`, and pairs of a tensor that wants a gradient and the alias whose `.g` is `bwd`'s to assign"
         ts = call.inps+call.params
-        if distinct(ts): return call.args,call.kwargs,[(slot(t),t) for t in ts if wants(t)] if call.tape.lean else [(t,t) for t in ts if wants(t)]
+        if distinct(ts): return call.args,call.kwargs,[(slot(t) if call.tape.lean else t,t) for t in ts if wants(t)]
         wanted,seen = [(p,p) for p in call.params if wants(p)],set(call.params)
         def target(t):
             if not is_float(t): return t
