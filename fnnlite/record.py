@@ -127,7 +127,8 @@ class Call:
         self.out,self.outs,self.calls,self.chain,self.nested = None,[],[],None,False
         self.autocast = autocast_of(inps or params)
         if tape is not None and tape.lean and not (self.own and 'inp' in module.reads):
-            self.args,self.kwargs,self.inps,ts = maptree(slot, args),maptree(slot, kwargs),[slot(t) for t in inps],[t for t in ts if slot(t) is t]
+            self.args,self.kwargs,self.inps = maptree(slot, args),maptree(slot, kwargs),[slot(t) for t in inps]
+            ts = [t for t in ts if slot(t) is t]
         self.noted = ts+params if self.own else []
         self.versions = _versions(self.noted)
 
