@@ -85,7 +85,9 @@ def slot(t):
 
 class Tape:
     "What the calls inside one outermost call have in common; emptied when its forward is done"
-    def __init__(self, root, inps): self.root,self.inps,self.autograd,self.compiling,self.lean = root,inps,False,is_compiling(),root._lean and not is_compiling()
+    def __init__(self, root, inps):
+        self.root,self.inps,self.autograd,self.compiling = root,inps,False,is_compiling()
+        self.lean = root._lean and not self.compiling
 
     def knows(self, t):
         "Does a gradient that reaches `t` go on from there, or rightly end there?"
