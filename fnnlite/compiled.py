@@ -115,8 +115,11 @@ class Seen:
         options = [(g,k,v) for g in self.groups for k,v in g.items()]
         memory = [(s,k,v) for p in self.params for s in [opt.state.get(p, {})] for k,v in s.items()]
         marks = [(vars(p),k,vars(p).get(k)) for p in self.params for k in ('const','g')]
-        self.places = [*owned, *plain, *options, *memory, *marks]
-        self.sizes = [(d,len(d)) for m in modules for d in (m._parameters, m._buffers, m._modules)]
+        classes = {c for m in modules for c in type(m).__mro__ if c not in Module.__mro__}
+        methods = [(vars(c),k,vars(c).get(k)) for c in classes for k in ('forward','bwd')]
+        self.places = [*owned, *plain, *options, *memory, *marks, *methods]
+        parts = [d for m in modules for d in (vars(m), m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks)]
+        self.sizes = [(d,len(d)) for d in (*parts, self.groups, *(g['params'] for g in self.groups))]
         self.tensors = list({id(t):t for t in (*self.params, *(v for _,_,v in (*owned, *options, *memory)
                                                               if isinstance(v, torch.Tensor)))}.values())
         self.hooked = any(m._hooked() if isinstance(m, Module) else m._forward_hooks or m._forward_pre_hooks for m in modules)

@@ -151,6 +151,22 @@ def test_hooks_are_heard(interpreted):
     step(*batch())
     assert len(heard)==2
 
+def test_a_hook_that_comes_later_is_heard(interpreted):
+    heard,model = [],net()
+    step = compile_step(model, SGD(model.parameters(), lr=.1))
+    for _ in range(2): step(*batch())
+    model.layers[1].register_forward_hook(lambda *_: heard.append(1))
+    with pytest.warns(UserWarning, match='modules have hooks'): step(*batch())
+    assert len(heard)==1
+
+def test_a_bwd_that_is_replaced_is_seen(interpreted, monkeypatch):
+    class Double(Module):
+        def forward(self, x): return x*2
+        def bwd(self, out, x): x.g = out.g*2
+    right,wrong = lambda self, out, x: setattr(x, 'g', out.g*2),lambda self, out, x: setattr(x, 'g', out.g*3)
+    same(graphs=2, make=lambda: Model([Lin64(6, 5), Double(), Lin64(5, 3)], CrossEntropy()),
+        between=lambda i, model, opt: i in (0,50) and monkeypatch.setattr(Double, 'bwd', wrong if i else right))
+
 def test_without_a_compiler(monkeypatch, own_cache):
     monkeypatch.setattr(torch._inductor.config.cpp, 'cxx', ('/nowhere/g++',))
     with pytest.warns(UserWarning, match='compile_step: no graph') as found: same(graphs=0, n=20)
