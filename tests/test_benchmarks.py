@@ -88,7 +88,7 @@ def test_floor(monkeypatch):
     for name,a,b,c in floor.products(w):
         mats = floor.Matrices('cpu')
         exact = mats(a)@mats(b)
-        assert exact.shape==c[1]
+        assert exact.shape==c[1] and all(mats(m).is_contiguous() and mats(m, True).t().is_contiguous() for m in (a,b,c))
         for f in floor.candidates(mats, a, b, c).values(): torch.testing.assert_close(torch.as_tensor(f()), exact)
     assert len(floor.build(w, 'sgd', 'cpu').info)==5
     def candidates(mats, a, b, c):

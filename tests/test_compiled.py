@@ -167,9 +167,9 @@ def test_a_bwd_that_is_replaced_is_seen(interpreted, monkeypatch):
     same(graphs=2, make=lambda: Model([Lin64(6, 5), Double(), Lin64(5, 3)], CrossEntropy()),
         between=lambda i, model, opt: i in (0,50) and monkeypatch.setattr(Double, 'bwd', wrong if i else right))
 
-def test_without_a_compiler(monkeypatch, own_cache):
-    monkeypatch.setattr(torch._inductor.config.cpp, 'cxx', ('/nowhere/g++',))
-    with pytest.warns(UserWarning, match='compile_step: no graph') as found: same(graphs=0, n=20)
+def test_without_a_compiler(own_cache):
+    with torch._inductor.config.patch({'cpp.cxx': ('/nowhere/g++',)}), pytest.warns(UserWarning, match='compile_step: no graph') as found:
+        same(graphs=0, n=20)
     assert len([w for w in found if 'compile_step' in str(w.message)])==1
 
 def test_an_optimizer_that_fails_half_way_is_undone(interpreted):
