@@ -412,6 +412,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fnnlite.optim.SGD.update': ('optim.html#sgd.update', 'fnnlite/optim.py'),
                                'fnnlite.optim._decayed': ('optim.html#_decayed', 'fnnlite/optim.py'),
                                'fnnlite.optim._go': ('optim.html#_go', 'fnnlite/optim.py'),
+                               'fnnlite.optim._once': ('optim.html#_once', 'fnnlite/optim.py'),
                                'fnnlite.optim.adam_step': ('optim.html#adam_step', 'fnnlite/optim.py'),
                                'fnnlite.optim.rmsprop_step': ('optim.html#rmsprop_step', 'fnnlite/optim.py'),
                                'fnnlite.optim.sgd_step': ('optim.html#sgd_step', 'fnnlite/optim.py')},

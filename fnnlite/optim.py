@@ -17,6 +17,10 @@ def _go(ps, steps, lr):
     if traced() and isinstance(lr, Tensor): torch._foreach_sub_(ps, torch._foreach_mul(steps, lr))
     else: torch._foreach_add_(ps, steps, alpha=-float(lr))
 
+def _once(x):
+    "The number `x`. Inductor would compute it anew for every few elements that need it, but keeps what comes out of a reduction"
+    return x.expand(16).amax() if traced() else x
+
 def _decayed(ps, gs, weight_decay): return torch._foreach_add(gs, ps, alpha=weight_decay) if weight_decay else gs
 
 def sgd_step(ps, gs, vs, lr, momentum=0., nesterov=False, weight_decay=0.):
@@ -53,7 +57,8 @@ def adam_step(ps, gs, avgs, sqrs, steps, lr, betas=(.9,.999), eps=1e-8, weight_d
     torch._foreach_lerp_(avgs, gs, 1-beta1)
     torch._foreach_mul_(sqrs, beta2)
     torch._foreach_addcmul_(sqrs, gs, gs, value=1-beta2)
-    scales,short2 = [(lr/(1-beta1**n)).to(p.dtype) for p,n in zip(ps,steps)],[(1-beta2**n).sqrt().to(p.dtype) for p,n in zip(ps,steps)]
+    scales = [_once((lr/(1-beta1**n)).to(p.dtype)) for p,n in zip(ps,steps)]
+    short2 = [_once((1-beta2**n).sqrt().to(p.dtype)) for p,n in zip(ps,steps)]
     roots = torch._foreach_sqrt(sqrs)
     torch._foreach_div_(roots, short2)
     torch._foreach_add_(roots, eps)
