@@ -104,7 +104,7 @@ def plot_ratios(rows, path):
     for ax,opt in zip(axs[:,0], opts):
         for i,peer in enumerate(peers):
             part = [(nets.index(r['workload'])+.05*(i-len(peers)/2),r['to_eager']) for r in rows if (r['opt'],r['peer'])==(opt,peer)]
-            ax.plot(*zip(*part), 'D_osv^<>Xph8P*'[i%14], color=plt.cm.tab20(i%20), label=peer) if part else None
+            ax.plot(*zip(*part), 'D*osv^<>Xph8Pd'[i%14], color=plt.cm.tab20(2*i%20+i//10%2), label=peer) if part else None
         ax.axhline(1, lw=.5, color='grey')
         ax.set(yscale='log', ylabel=f'{opt}: time ÷ torch eager', xticks=range(len(nets)), xticklabels=nets)
     fig.legend(*axs[0,0].get_legend_handles_labels(), loc='outside right upper', fontsize='small')
