@@ -136,7 +136,7 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         "Begin the record of a call; every tensor must be accounted for"
         if parent is None: return Call(self, args, kwargs, Tape(self, ts), ts, params)
         call = Call(self, args, kwargs, parent.tape, ts, params)
-        for t in call.inps:
+        for t in filter(is_float, ts):
             if not parent.tape.knows(t): raise GradError(
                 f"{path(self, parent.tape.root)}: {call.name(t)} of shape {tuple(t.shape)} is a view or was made by a raw operation, so its "
                 "gradient would be lost: make that operation a Module, or mark the tensor with const() if it wants no gradient")

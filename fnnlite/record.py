@@ -73,7 +73,7 @@ class Slot:
     "Stands in a record for a tensor whose numbers no `bwd` will read, so that they can go: its `.g`, marks, shape and dtype"
     def __init__(self, t):
         vars(self).update(vars(t))
-        self.shape,self.dtype,self.device,self.ndim = t.shape,t.dtype,t.device,t.ndim
+        self.shape,self.dtype,self.device,self.ndim,self.version = t.shape,t.dtype,t.device,t.ndim,t._version
     def numel(self): return self.shape.numel()
     def is_floating_point(self): return True
     def is_complex(self): return self.dtype.is_complex
@@ -91,6 +91,8 @@ class Tape:
 
     def knows(self, t):
         "Does a gradient that reaches `t` go on from there, or rightly end there?"
+        if self.lean and slot(t) is not t and slot(t).version!=t._version: # no `bwd` may hold `t` itself and see it later
+            raise GradError(f"{type(self.root).__name__}: a tensor of shape {tuple(t.shape)} in it was changed in place after it was recorded")
         known = (getattr(t, 'tape', None) is self or is_param(t) or not wants(t) or t.requires_grad
                  or any(t is i for i in self.inps) or any(t is b for b in self.root.buffers()))
         if not known: self.autograd = any(p.requires_grad for p in self.root.parameters()) # which needs no record

@@ -783,3 +783,17 @@ def test_lean_refuses_what_is_wrong_all_the_same():
     net = Model([GivenBwd(no_input) if i else Lin64(4, 4) for i in range(2)], Mse())
     net.retain(False)(x, rand(6, 4))
     with pytest.raises(GradError, match='got no .g'): net.backward()
+
+@pytest.mark.parametrize('last', [False,True])
+def test_lean_sees_a_change_of_what_nobody_reads(last):
+    "Neither `Lin` nor `Relu` reads what lies between them, and yet a change there would be lost."
+    class Between(Module):
+        def __init__(self): self.a,self.act = Lin64(4, 3),Relu()
+        def forward(self, x):
+            h = self.a(x)
+            h.mul_(2)
+            return h if last else self.act(h)
+    net,(x,y) = Between(),batch()
+    with pytest.raises(GradError, match='was changed in place'):
+        net.retain(False)(x)
+        net.backward(rand(6, 3))
