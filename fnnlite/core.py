@@ -88,13 +88,17 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
 
     def __call__(self, *args, **kwargs):
         if not torch.is_grad_enabled(): return super().__call__(*args, **kwargs)
-        parent,ts,params = getattr(_running, 'call', None),tensors(args)+tensors(kwargs) if kwargs else tensors(args),self._bwd_params()
+        parent,ts,params = getattr(_running, 'call', None),tensors((args,kwargs)) if kwargs else tensors(args),self._bwd_params()
         if parent is None and self._call is not None and not is_compiling(): self._forget()
         for t in ts+params:
             if t.requires_grad: return self._by_autograd(parent, args, kwargs)
         call = self._record(parent, args, kwargs, ts, params)
         _running.call = None if call.own else call
-        try: out = self._forward(call, args, kwargs)
+        try:
+            if self._hooked(): out = self._between_hooks(call, args, kwargs)
+            else:
+                out = self.forward(*args, **kwargs)
+                call.done(out)
         except BaseException:
             if parent is not None: parent.calls.extend(call.calls) # who catches it may go on with what they made
             raise
@@ -125,7 +129,7 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
 
     def _bwd_params(self):
         "The parameters that this module's own `bwd` has to assign"
-        if not self.has_bwd: return []
+        if not self.has_bwd or not (self._parameters or self._modules): return []
         named = self.named_parameters(remove_duplicate=False) if self._modules else self._parameters.items()
         params = [p for _,p in named if p is not None]
         if not distinct(params):
@@ -136,8 +140,8 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         "Begin the record of a call; every tensor must be accounted for"
         if parent is None: return Call(self, args, kwargs, Tape(self, ts), ts, params)
         call = Call(self, args, kwargs, parent.tape, ts, params)
-        for t in filter(is_float, ts):
-            if not parent.tape.knows(t): raise GradError(
+        for t in ts:
+            if is_float(t) and not parent.tape.knows(t): raise GradError(
                 f"{path(self, parent.tape.root)}: {call.name(t)} of shape {tuple(t.shape)} is a view or was made by a raw operation, so its "
                 "gradient would be lost: make that operation a Module, or mark the tensor with const() if it wants no gradient")
         return call
@@ -146,12 +150,8 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         return (self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
                 or torch_module._has_any_global_hook())
 
-    def _forward(self, call, args, kwargs):
+    def _between_hooks(self, call, args, kwargs):
         "`forward`, with torch's hooks around it, which may look but not change"
-        if not self._hooked():
-            out = self.forward(*args, **kwargs)
-            call.done(out)
-            return out
         if self._backward_hooks or self._backward_pre_hooks: raise GradError(f"{type(self).__name__}: backward hooks run under autograd only; read .g instead")
         seen = []
         def look(module, args, kwargs, out):
@@ -169,11 +169,10 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         "Finish the record: mark what came out, and hand the record to the call that made this one"
         tape = call.tape
         if call.own:
-            ts = call.inps+call.params
-            if any(getattr(o, 'tape', None) is tape or is_param(o) or any(o is t for t in ts) for o in call.outs) or not distinct(call.outs):
+            if not distinct(call.outs) or True in [call.passed_on(o) for o in call.outs]:
                 out = maptree(lambda o: o.view_as(o), out) # an output of its own, with a .g of its own
                 call.done(out)
-            live = any(map(wants, ts))
+            live = len([t for t in call.params+call.inps if wants(t)])>0
             for o in call.outs:
                 if live: o.tape = tape
                 else: o.const = True
@@ -187,11 +186,11 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         elif live:
             parent.calls.append(call)
             call.nested = True
-        if tape.autograd or any(o.requires_grad for o in call.outs): # a part of it is under autograd, and so all of it is autograd's
+        if tape.autograd or len([o for o in call.outs if o.requires_grad]): # a part of it is under autograd, and so all of it is autograd's
             if parent is None: call.release()
             return out
         if tape.lean and (parent is not None or call.own): call.lighten()
-        if parent is None or not (tape.compiling or tape.lean): object.__setattr__(self, '_call', call)
+        if parent is None or not (tape.compiling or tape.lean): vars(self)['_call'] = call
         return out
 
     def _forget(self):

@@ -37,7 +37,7 @@ def _(a, b, bias=None): return a.new_empty(*a.shape[:-1], b.shape[1])
 
 def product(a, b, bias=None):
     "`a @ b + bias`: (...,k), (k,m), (m) to (...,m), exact, by the fastest routine on this machine"
-    if (a.device.type=='cpu' and a.dtype==b.dtype==torch.float32 and not (a.requires_grad or b.requires_grad)
+    if (a.numel()*b.shape[1]>=2**23 and a.is_cpu and a.dtype==b.dtype==torch.float32 and not (a.requires_grad or b.requires_grad)
         and onednn_is_faster(a.numel()//a.shape[-1], *b.shape) and not torch.is_autocast_enabled('cpu')):
         return onednn_product(a, b, bias)
     if bias is None: return a@b

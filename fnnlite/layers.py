@@ -59,7 +59,7 @@ class Lin(Module):
     def forward(self, inp):
         w = self.w
         check_inp(self, inp, w)
-        if inp.shape[-1:]!=w.shape[:1]: raise ValueError(f"{self}: inp has shape {tuple(inp.shape)}, expected (...,{w.shape[0]})")
+        if not inp.ndim or inp.shape[-1]!=w.shape[0]: raise ValueError(f"{self}: inp has shape {tuple(inp.shape)}, expected (...,{w.shape[0]})")
         return F.lin(inp, w, self.b)
 
     reads = ('inp',)

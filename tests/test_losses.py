@@ -4,7 +4,7 @@ import torch.nn.functional as TF
 from hypothesis import given, settings, strategies as st
 from fnnlite.core import Module
 from fnnlite.layers import Lin, Softmax
-from fnnlite.losses import BCEWithLogits, CrossEntropy, Mse, NLL, check_classes, one_hot
+from fnnlite.losses import BCEWithLogits, CrossEntropy, Mse, NLL, check_classes, check_range, one_hot
 from fnnlite.model import Model
 from fnnlite.record import const, grad
 from helpers import assert_grads
@@ -173,4 +173,7 @@ def test_errors(f, exc, msg):
     ((2,3), T(0,1).to('meta'), ValueError, r"targ is on device meta, expected cpu")])
 def test_errors_of_class_indices(cls, inp, targ, exc, msg):
     with pytest.raises(exc, match=cls.__name__ + r"\(mean\): " + msg): cls()(R(inp), targ)
-    with pytest.raises(exc, match="Who: " + msg): check_classes('Who', R(inp), targ)
+    with pytest.raises(exc, match=r"CrossEntropy\(mean\): " + msg): CrossEntropy(smoothing=.1)(R(inp), targ)
+    with pytest.raises(exc, match="Who: " + msg):
+        check_classes('Who', R(inp), targ)
+        check_range('Who', targ, inp[-1])
