@@ -28,7 +28,7 @@ class Learner:
         opt, # an optimizer over the model's parameters, or a function of them that makes one
         metrics=(), # functions of (pred, targ)
         cbs=(), # callbacks
-        compiled:bool=False, # run each training step as one graph (see `compile_step`)? Callbacks can't look into it then
+        compiled:bool|str=False, # run each training step as one graph (see `compile_step`; 'graph': without a compiler)? Callbacks can't look into it then
     ):
         self.model,self.dls,self.metrics = model,dls,tuple(listify(metrics))
         self.opt = opt if isinstance(opt, torch.optim.Optimizer) else opt(model.parameters())
@@ -36,10 +36,11 @@ class Learner:
         if not any(p in mine for g in self.opt.param_groups for p in g['params']): raise ValueError("Learner: opt has none of the model's parameters")
         self.history,self.epoch,self.n_epoch,self.training = History(),0,0,False
         self.cbs = [Recorder(),StopAtNonFinite(),Progress(),*(o() if isinstance(o, type) else o for o in listify(cbs))]
+        if compiled not in (True,False,'graph'): raise ValueError(f"Learner: compiled is {compiled!r}, expected True, False or 'graph'")
         self.step = None
         if compiled:
             from fnnlite.compiled import compile_step
-            self.step = compile_step(model, self.opt)
+            self.step = compile_step(model, self.opt, compiler=compiled!='graph')
 
     @property
     def device(self): return next(self.model.parameters()).device

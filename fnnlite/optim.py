@@ -17,9 +17,9 @@ def _go(ps, steps, lr):
     if traced() and isinstance(lr, Tensor): torch._foreach_sub_(ps, torch._foreach_mul(steps, lr))
     else: torch._foreach_add_(ps, steps, alpha=-float(lr))
 
-def _once(x):
-    "The number `x`. Inductor would compute it anew for every few elements that need it, but keeps what comes out of a reduction"
-    return x.expand(16).amax() if traced() else x
+def _numbers(xs):
+    "Those in the vector `xs`. Inductor would compute them anew for every few elements that need them, but keeps what comes out of a reduction"
+    return xs.expand(16, len(xs)).amax(0).unbind() if traced() else xs.tolist()
 
 def _decayed(ps, gs, weight_decay): return torch._foreach_add(gs, ps, alpha=weight_decay) if weight_decay else gs
 
@@ -57,12 +57,11 @@ def adam_step(ps, gs, avgs, sqrs, steps, lr, betas=(.9,.999), eps=1e-8, weight_d
     torch._foreach_lerp_(avgs, gs, 1-beta1)
     torch._foreach_mul_(sqrs, beta2)
     torch._foreach_addcmul_(sqrs, gs, gs, value=1-beta2)
-    scales = [_once((lr/(1-beta1**n)).to(p.dtype)) for p,n in zip(ps,steps)]
-    short2 = [_once((1-beta2**n).sqrt().to(p.dtype)) for p,n in zip(ps,steps)]
+    n = torch.stack(steps)
     roots = torch._foreach_sqrt(sqrs)
-    torch._foreach_div_(roots, short2)
+    torch._foreach_div_(roots, _numbers((1-beta2**n).sqrt()))
     torch._foreach_add_(roots, eps)
-    torch._foreach_div_(roots, scales)
+    torch._foreach_div_(roots, _numbers(lr/(1-beta1**n)))
     torch._foreach_addcdiv_(ps, avgs, roots, value=-1)
 
 # %% ../nbs/09_optim.ipynb #1b216702

@@ -15,7 +15,7 @@ Momentum = partial(SGD, momentum=.9, nesterov=True, weight_decay=.01)
 @pytest.fixture
 def interpreted(monkeypatch):
     "Graphs run one operation after another, which spares the compiler's ten seconds."
-    monkeypatch.setattr(compiled, 'runner', lambda gm, ts, batch: lambda ts: gm(*ts))
+    monkeypatch.setattr(compiled, 'machine_code', lambda gm, ts: compiled.op_by_op(gm))
 
 @pytest.fixture
 def own_cache(monkeypatch, tmp_path): monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path/'cache'))
@@ -42,7 +42,7 @@ def same(graphs=1, **kw):
     losses,ws,step = train(lambda s: s, **kw)
     losses_e,ws_e,step_e = train(lambda s: s.eager, **kw)
     torch.testing.assert_close((losses,ws), (losses_e,ws_e), rtol=1e-10, atol=1e-12)
-    assert step.n_graphs==graphs and (step.why_not is None)==(graphs>0)
+    assert step.n_graphs==graphs and step.ordinary==(graphs==0)
     for n,g in step.g.items(): torch.testing.assert_close(g, step_e.g[n], rtol=1e-9, atol=1e-11)
     return step
 
@@ -168,9 +168,13 @@ def test_a_bwd_that_is_replaced_is_seen(interpreted, monkeypatch):
         between=lambda i, model, opt: i in (0,50) and monkeypatch.setattr(Double, 'bwd', wrong if i else right))
 
 def test_without_a_compiler(own_cache):
-    with torch._inductor.config.patch({'cpp.cxx': ('/nowhere/g++',)}), pytest.warns(UserWarning, match='compile_step: no graph') as found:
-        same(graphs=0, n=20)
-    assert len([w for w in found if 'compile_step' in str(w.message)])==1
+    with torch._inductor.config.patch({'cpp.cxx': ('/nowhere/g++',)}), pytest.warns(UserWarning, match='compile_step: no machine code') as found:
+        step = same(n=20)
+    assert len([w for w in found if 'compile_step' in str(w.message)])==1 and 'nowhere' in step.why_not
+
+def test_where_no_compiler_is_wanted(monkeypatch):
+    monkeypatch.setattr(compiled, 'machine_code', None)
+    assert same(compiler=False, keep='layers.1').why_not is None
 
 def test_an_optimizer_that_fails_half_way_is_undone(interpreted):
     class Half(SGD):
@@ -236,7 +240,7 @@ def test_library_is_kept_and_mended(monkeypatch, own_cache, tmp_path):
     assert len(made)==2
     made[0].unlink()
     assert Path(compiled.library(gm, ts)).exists() and len(made)==3
-    with pytest.raises(RuntimeError): compiled.runner(gm, ts, []) # a damaged file is made anew once
+    with pytest.raises(RuntimeError): compiled.machine_code(gm, ts) # a damaged file is made anew once
     assert len(made)==4
 
 def test_captured():
