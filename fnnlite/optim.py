@@ -58,10 +58,10 @@ def adam_step(ps, gs, avgs, sqrs, steps, lr, betas=(.9,.999), eps=1e-8, weight_d
     torch._foreach_mul_(sqrs, beta2)
     torch._foreach_addcmul_(sqrs, gs, gs, value=1-beta2)
     n = torch.stack(steps)
+    short1,short2 = 1-beta1**n,(1-beta2**n).sqrt()
     roots = torch._foreach_sqrt(sqrs)
-    torch._foreach_div_(roots, _numbers((1-beta2**n).sqrt()))
-    torch._foreach_add_(roots, eps)
-    torch._foreach_div_(roots, _numbers(lr/(1-beta1**n)))
+    torch._foreach_add_(roots, _numbers(eps*short2))
+    torch._foreach_div_(roots, _numbers(lr*short2/short1))
     torch._foreach_addcdiv_(ps, avgs, roots, value=-1)
 
 # %% ../nbs/09_optim.ipynb #1b216702
