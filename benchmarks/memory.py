@@ -4,7 +4,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from .workers import PeerError, fresh, say
 
-names = ['fnnlite eager','fnnlite compiled','torch eager','torch.func compiled']
+names = ['fnnlite eager','fnnlite lean','fnnlite compiled','torch eager','torch.func compiled']
 nets = 'lesson','numpy','wide512','deep256'
 
 def cpu_peak(f):

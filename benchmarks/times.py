@@ -1,10 +1,10 @@
 "What comes before the steps: importing, and compiling"
 import math, subprocess, sys, tempfile
 from statistics import median
-from .workers import PeerError, fresh, say
+from .workers import PeerError, fresh, own_cache, say
 from .steps import wall_clock
 
-names = ['fnnlite compiled','torch.compile loss','torch.func compiled','torch.func compiled (C++)']
+names = ['fnnlite graph','fnnlite compiled','torch.compile loss','torch.func compiled','torch.func compiled (C++)']
 nets = 'mlp64','wide512'
 
 def import_seconds(module):
@@ -43,8 +43,8 @@ def run(args, fail):
         eager = ask('torch eager')
         for name in [n for n in names if n in args.peers]:
             with tempfile.TemporaryDirectory() as cache:
-                cold = ask(name, TORCHINDUCTOR_CACHE_DIR=cache)
-                warm = cold and ask(name, TORCHINDUCTOR_CACHE_DIR=cache)
+                cold = ask(name, **own_cache(cache))
+                warm = cold and ask(name, **own_cache(cache))
             if eager and warm:
                 step = min(cold[1], warm[1])
                 rows.append(dict(what='first step', workload=w.name, peer=name, eager_first=eager[0], cold=cold[0], warm=warm[0], eager_step=eager[1],

@@ -36,12 +36,12 @@ def fnn_model(w, device, **kw):
     layers = [l for wb in tensors(w, device, **kw) for l in (fnnlite.Lin(*wb), fnnlite.Relu())]
     return fnnlite.Model(layers[:-1], fnnlite.CrossEntropy() if w.loss=='ce' else fnnlite.Mse('mean' if w.loss=='mse' else 'sum'))
 
-def fnn_step(model, opt, compiled):
-    "One graph; or the step as the README has it, keeping only what the backward reads where a model can"
-    if compiled:
-        warnings.filterwarnings('error', 'compile_step: no graph') # then it isn't what it's called
-        return fnnlite.compile_step(model, opt)
-    if hasattr(model, 'retain'): model.retain(False)
+def fnn_step(model, opt, how='eager'):
+    "The step as the README has it, all of it there to look at (eager) or not (lean); or as one graph, without a compiler (graph) or with one (compiled)"
+    if how in ('graph','compiled'):
+        warnings.filterwarnings('error', 'compile_step: no ') # then it isn't what it's called
+        return fnnlite.compile_step(model, opt, compiler=how=='compiled')
+    model.retain(how!='lean')
     def step(xb, yb):
         loss = model(const(xb), const(yb))
         model.backward()
@@ -50,9 +50,9 @@ def fnn_step(model, opt, compiled):
         return loss
     return step
 
-def build_fnnlite(w, opt, device, compiled=False):
+def build_fnnlite(w, opt, device, how):
     (x,y),model = data(w, device),fnn_model(w, device)
-    return partial(fnn_step(model, make_opt(fnnlite.optim, model.parameters(), w, opt), compiled), x, y)
+    return partial(fnn_step(model, make_opt(fnnlite.optim, model.parameters(), w, opt), how), x, y)
 
 
 # torch
@@ -125,8 +125,7 @@ def build_func(w, opt, device, **options):
 
 
 builders = {
-    'fnnlite eager': build_fnnlite,
-    'fnnlite compiled': partial(build_fnnlite, compiled=True),
+    **{f'fnnlite {how}': partial(build_fnnlite, how=how) for how in ('eager','lean','graph','compiled')},
     'torch eager': build_torch,
     'torch fused': partial(build_torch, fused=True),
     'torch fused (medium)': build_medium,

@@ -57,4 +57,8 @@ def fresh(f, *args, **env):
     "`f(*args)` in a process of its own, with `env` added to its environment"
     with Worker(**env) as worker: return worker(f, *args)
 
+def own_cache(folder):
+    "The environment of a process whose compilers find nothing but what is in `folder`; torch keeps compiled headers with temporary files"
+    return dict(TORCHINDUCTOR_CACHE_DIR=folder, TMPDIR=folder)
+
 def say(*args): print(*args, file=sys.stderr, flush=True)

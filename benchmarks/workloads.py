@@ -7,8 +7,8 @@ import numpy as np
 
 # the module that a peer needs, and lives in a process with: its peers, in the order of the tables
 homes = {
-    'torch': ['fnnlite eager', 'fnnlite compiled', 'torch eager', 'torch fused', 'torch fused (medium)', 'torch.compile loss', 'torch.func compiled',
-        'torch.func compiled (C++)', 'floor'],
+    'torch': ['fnnlite eager', 'fnnlite lean', 'fnnlite graph', 'fnnlite compiled', 'torch eager', 'torch fused', 'torch fused (medium)',
+        'torch.compile loss', 'torch.func compiled', 'torch.func compiled (C++)', 'floor'],
     'jax': ['jax jit', 'jax jit (donated)'],
     'tinygrad': ['tinygrad jit'],
     'numpy': ['numpy']}

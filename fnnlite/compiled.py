@@ -119,19 +119,18 @@ def machine_code(
 class Seen:
     "What a graph takes for granted of a model and an optimizer"
     def __init__(self, model, opt):
-        self.opt,self.groups,self.memory = opt,opt.param_groups,opt.state
         modules,internal = list(model.modules()),set(vars(nn.Module()))-{'training'}
-        self.params = list(dict.fromkeys([*model.parameters(), *(p for g in self.groups for p in g['params'])]))
+        self.params = list(dict.fromkeys([*model.parameters(), *(p for g in opt.param_groups for p in g['params'])]))
         owned = [(d,k,v) for m in modules for d in (m._parameters, m._buffers, m._modules) for k,v in d.items()]
-        plain = [(vars(m),k,v) for m in modules for k,v in vars(m).items() if k not in internal and k not in ('_call',)]
-        options = [(g,k,v) for g in self.groups for k,v in g.items()]
+        plain = [(vars(o),k,v) for o in (*modules, opt) for k,v in vars(o).items() if k not in internal and k!='_call']
+        options = [(g,k,v) for g in opt.param_groups for k,v in g.items()]
         memory = [(s,k,v) for p in self.params for s in [opt.state.get(p, {})] for k,v in s.items()]
         marks = [(vars(p),k,vars(p).get(k)) for p in self.params for k in ('const','g')]
         classes = {c for m in modules for c in type(m).__mro__ if c not in Module.__mro__}
         methods = [(vars(c),k,vars(c).get(k)) for c in classes for k in ('forward','bwd')]
         self.places = [*owned, *plain, *options, *memory, *marks, *methods]
-        parts = [d for m in modules for d in (vars(m), m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks)]
-        self.sizes = [(d,len(d)) for d in (*parts, self.groups, *(g['params'] for g in self.groups))]
+        parts = [vars(opt), *(d for m in modules for d in (vars(m), m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks))]
+        self.sizes = [(d,len(d)) for d in (*parts, opt.param_groups, *(g['params'] for g in opt.param_groups))]
         self.tensors = list({id(t):t for t in (*self.params, *(v for _,_,v in (*owned, *options, *memory)
                                                               if isinstance(v, torch.Tensor)))}.values())
         self.hooked = any(m._hooked() if isinstance(m, Module) else m._forward_hooks or m._forward_pre_hooks for m in modules)
@@ -139,7 +138,6 @@ class Seen:
 
     def holds(self):
         "Is all as it was?"
-        if self.opt.param_groups is not self.groups or self.opt.state is not self.memory: return False
         for d,k,v in self.places:
             if d.get(k) is not v: return False
         for d,n in self.sizes:

@@ -84,6 +84,12 @@ def new_layer(model, opt):
     ids=['weights','reload','freeze','eval','layout','layer','momentum','option'])
 def test_changes_are_seen(interpreted, change, graphs): same(graphs=graphs, between=at(30, change))
 
+def test_an_option_that_an_optimizer_keeps_to_itself_is_seen(interpreted):
+    class Clipped(SGD):
+        most = 1e-3
+        def update(self, ps, gs, memory, o): super().update(ps, [g.clamp(-self.most, self.most) for g in gs], memory, o)
+    same(graphs=2, opt=Clipped, between=at(30, lambda m,o: setattr(o, 'most', 1.)))
+
 def test_dtype_is_seen(interpreted):
     "Another dtype, with the batch it needs."
     def run(step_of):
