@@ -200,6 +200,7 @@ class CompiledStep:
 
     def _first(self, args):
         "The ordinary step, written down and compiled"
+        self.opt.place_numbers() # where the model is now
         seen = Seen(self.model, self.opt)
         if any(p.grad is not None or grad(p) is not None for p in seen.params): return self.eager(*args) # adds to what is there
         n,before,rng = len(seen.tensors),[t.clone() for t in seen.tensors],torch.get_rng_state()
@@ -218,7 +219,7 @@ class CompiledStep:
         if not seen.holds(): return self._no_graph("forward changes attributes of its modules", loss)
         ts = [*seen.tensors, *args, *more]
         self.run = self._runner(gm, ts)
-        if ts[0].is_cuda: self.run = captured(self.run, ts, range(n, n+len(args)))
+        if all(t.is_cuda for t in ts): self.run = captured(self.run, ts, range(n, n+len(args)))
         self.seen,self.more,self.n_args,self.guard,self.n_graphs = seen,more,len(args),guard(args),self.n_graphs+1
         self.classes = [(i,t.n_classes) for i,t in enumerate(self.batch) if hasattr(t, 'n_classes')]
         return loss

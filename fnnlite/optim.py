@@ -13,13 +13,13 @@ from .record import traced
 
 # %% ../nbs/09_optim.ipynb #e0aef1b6
 def _go(ps, steps, lr):
-    "p -= lr·step; a graph can't read the number in `lr`"
-    if traced() and isinstance(lr, Tensor): torch._foreach_sub_(ps, torch._foreach_mul(steps, lr))
+    "p -= lr·step; a graph can't read the number in `lr`, and on a GPU it would mean to wait"
+    if isinstance(lr, Tensor) and (traced() or lr.is_cuda): torch._foreach_sub_(ps, torch._foreach_mul(steps, lr))
     else: torch._foreach_add_(ps, steps, alpha=-float(lr))
 
 def _numbers(xs):
     "Those in the vector `xs`. Inductor would compute them anew for every few elements that need them, but keeps what comes out of a reduction"
-    return xs.expand(16, len(xs)).amax(0).unbind() if traced() else xs.tolist()
+    return xs.expand(16, len(xs)).amax(0).unbind() if traced() or xs.is_cuda else xs.tolist()
 
 def _decayed(ps, gs, weight_decay): return torch._foreach_add(gs, ps, alpha=weight_decay) if weight_decay else gs
 
@@ -95,8 +95,23 @@ class Optimizer(torch.optim.Optimizer):
         self.check_options(group)
         super().add_param_group(group)
         group = self.param_groups[-1]
-        group['lr'] = torch.as_tensor(group['lr'], dtype=torch.float64, device='cpu').clone()
+        group['lr'] = torch.as_tensor(group['lr'], dtype=torch.float64).clone()
         for p in group['params']: self.state[p] = {k: torch.zeros((), dtype=torch.float64) if k=='step' else torch.zeros_like(p) for k in self.memory}
+        self.place_numbers()
+
+    def place_numbers(self):
+        "Rates and counts belong on the parameters' GPU: a captured graph reads what is there, and takes a number on the CPU for a constant"
+        for group in self.param_groups:
+            devices = {p.device for p in group['params']}
+            device = devices.pop() if len(devices)==1 else torch.device('cpu')
+            if device.type!='cuda': device = torch.device('cpu')
+            if isinstance(group['lr'], Tensor): group['lr'] = group['lr'].to(device)
+            for s in [self.state[p] for p in group['params']]:
+                if 'step' in s: s['step'] = s['step'].to(device)
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.place_numbers()
 
     @property
     def lr(self)->float:

@@ -2,7 +2,10 @@
 import random, re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 import pytest, torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from fnnlite import SGD, Adam, AdamW, CrossEntropy, DataLoaders, Dropout, GradError, Learner, Lin, Model, Module, Mse, RMSprop, Relu, accuracy, compile_step
 from fnnlite import compiled
 from fnnlite.callback import Callback, Checkpoint, OneCycle
@@ -272,6 +275,27 @@ def test_captured():
     a = run([w,torch.full((2,), 3.)])[0]
     b = run([w,torch.full((2,), 4.)])[0]
     assert w.tolist()==[8,8] and (a.item(),b.item())==(8,16)
+
+@pytest.mark.parametrize('opt', [SGD, partial(SGD, momentum=.9), RMSprop, Adam, AdamW])
+def test_all_of_a_step_is_on_the_gpu(monkeypatch, opt):
+    "With tensors that have a device and no numbers: rates and counts are where a captured graph reads them, also of an optimizer made before the move."
+    seen = []
+    monkeypatch.setattr(compiled, 'captured', lambda f, ts, batch: seen.append((ts, list(batch))) or f)
+    monkeypatch.setattr(compiled, 'guard', lambda ts: SimpleNamespace(check=lambda *_: True))
+    def param(*s, device): return nn.Parameter(torch.randn(*s, device=device), requires_grad=False)
+    with FakeTensorMode():
+        for start in ('cuda','cpu'):
+            model = Model([Lin(param(4, 5, device=start), param(5, device=start)), Relu(), Dropout(.2)], CrossEntropy())
+            o = opt(model.parameters())
+            if start=='cpu':
+                for n in 'wb': setattr(model.layers[0], n, param(*getattr(model.layers[0], n).shape, device='cuda'))
+                o.param_groups[0]['params'][:] = model.parameters()
+                for p in model.parameters(): o.state[p] = {k:torch.zeros((), dtype=torch.float64) if k=='step' else torch.zeros_like(p) for k in o.memory}
+            step = compile_step(model, o, compiler=False)
+            losses = [step(torch.randn(8, 4, device='cuda'), torch.randint(0, 5, (8,), device='cuda')) for _ in range(2)]
+            assert step.why_not is None and all(l.is_cuda for l in losses)
+    assert len(seen)==2
+    for ts,batch in seen: assert all(t.is_cuda for t in ts) and [ts[i].shape for i in batch]==[(8,4),(8,)]
 
 
 # Learner

@@ -92,6 +92,12 @@ def test_goes_on_from_a_copy(cls, kw, how, tmp_path):
     new.lr = .3
     assert new.lr==.3 and opt.lr==.02
 
+def test_numbers_are_where_the_parameters_are_after_a_load(monkeypatch):
+    opt,placed = Adam(params()),[]
+    monkeypatch.setattr(Adam, 'place_numbers', lambda self: placed.append(self))
+    opt.load_state_dict(opt.state_dict())
+    assert placed==[opt]
+
 def test_half_and_other_dtypes():
     "Parameters stay what they are; the float32 trajectory is torch's."
     for cls in (SGD,RMSprop,Adam,AdamW):
