@@ -31,7 +31,7 @@ def onednn_is_faster(n, k, m)->bool:
 @torch.library.custom_op('fnnlite::onednn_product', mutates_args=())
 def onednn_product(a:torch.Tensor, b:torch.Tensor, bias:torch.Tensor|None=None)->torch.Tensor:
     "`a @ b + bias` by oneDNN; an operation of its own, since inductor takes torch's for one with constant weights"
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, 'none', [], '')
+    return torch.ops.mkldnn._linear_pointwise(a, b.t().contiguous(), bias, 'none', [], '') # copying the weights costs less than reading them across
 @onednn_product.register_fake
 def _(a, b, bias=None): return a.new_empty(*a.shape[:-1], b.shape[1])
 
