@@ -421,6 +421,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fnnlite.optim._decayed': ('optim.html#_decayed', 'fnnlite/optim.py'),
                                'fnnlite.optim._go': ('optim.html#_go', 'fnnlite/optim.py'),
                                'fnnlite.optim._numbers': ('optim.html#_numbers', 'fnnlite/optim.py'),
+                               'fnnlite.optim._portions': ('optim.html#_portions', 'fnnlite/optim.py'),
                                'fnnlite.optim.adam_step': ('optim.html#adam_step', 'fnnlite/optim.py'),
                                'fnnlite.optim.rmsprop_step': ('optim.html#rmsprop_step', 'fnnlite/optim.py'),
                                'fnnlite.optim.sgd_step': ('optim.html#sgd_step', 'fnnlite/optim.py')},

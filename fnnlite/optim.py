@@ -65,6 +65,17 @@ def adam_step(ps, gs, avgs, sqrs, steps, lr, betas=(.9,.999), eps=1e-8, weight_d
     torch._foreach_addcdiv_(ps, avgs, roots, value=-1)
 
 # %% ../nbs/09_optim.ipynb #1b216702
+def _portions(ps, most=2**20):
+    "`ps` in lists of at most so many numbers, or of one tensor: what a rule makes on its way is then small, and what it reads again still in the cache"
+    portion,n = [],0
+    for p in ps:
+        if portion and n+p.numel()>most:
+            yield portion
+            portion,n = [],0
+        portion.append(p)
+        n += p.numel()
+    if portion: yield portion
+
 class Optimizer(torch.optim.Optimizer):
     "An update rule with parameter groups; `memory` names what it keeps for each parameter"
     memory = ()
@@ -126,8 +137,8 @@ class Optimizer(torch.optim.Optimizer):
         loss = None if closure is None else closure()
         with torch.no_grad():
             for group in self.param_groups:
-                ps = [p for p in group['params'] if p.grad is not None]
-                if ps: self.update(ps, [p.grad for p in ps], [[self.state[p][k] for p in ps] for k in self.memory], group)
+                for ps in _portions([p for p in group['params'] if p.grad is not None]):
+                    self.update(ps, [p.grad for p in ps], [[self.state[p][k] for p in ps] for k in self.memory], group)
         return loss
     step._wrapped_by_lr_sched = True
 

@@ -4,6 +4,7 @@ import pytest, torch
 import torch.nn.functional as TF
 from torch import nn
 from torch.optim import lr_scheduler
+from fnnlite import optim
 from fnnlite.layers import Lin, Relu
 from fnnlite.losses import CrossEntropy, Mse
 from fnnlite.model import Model
@@ -91,6 +92,23 @@ def test_goes_on_from_a_copy(cls, kw, how, tmp_path):
     steps(ps2, new, qs, ref, 20, 10)
     new.lr = .3
     assert new.lr==.3 and opt.lr==.02
+
+def test_portions(monkeypatch):
+    "A few tensors at a time, and the trajectory of all at once."
+    of = lambda *ns: [[len(p) for p in ps] for ps in optim._portions([torch.empty(n) for n in ns], 8)]
+    assert of(3, 5, 9, 1, 1)==[[3,5],[9],[1,1]] and of()==[] and of(20)==[[20]]
+    for cls in (SGD,RMSprop,Adam,AdamW):
+        ends,start,whole = [],params(),optim._portions
+        for most in (1,2**20):
+            with monkeypatch.context() as m:
+                m.setattr(optim, '_portions', lambda ps: whole(ps, most))
+                ps = copies(start)
+                opt = cls(ps, lr=.01)
+                for i in range(5):
+                    for p in ps: p.grad = torch.sin(p+i)
+                    opt.step()
+            ends.append(ps)
+        close(*ends)
 
 def test_numbers_are_where_the_parameters_are_after_a_load(monkeypatch):
     opt,placed = Adam(params()),[]
