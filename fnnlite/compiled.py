@@ -127,7 +127,9 @@ class Seen:
         memory = [(s,k,v) for p in self.params for s in [opt.state.get(p, {})] for k,v in s.items()]
         marks = [(vars(p),k,vars(p).get(k)) for p in self.params for k in ('const','g')]
         classes = {c for m in modules for c in type(m).__mro__ if c not in Module.__mro__}
-        methods = [(vars(c),k,vars(c).get(k)) for c in classes for k in ('forward','bwd')]
+        classes |= {c for c in type(opt).__mro__ if c not in Optimizer.__mro__}
+        read = lambda c: {'forward','bwd','update', *(k for k,v in vars(c).items() if not (k.startswith('__') or callable(v)))}
+        methods = [(vars(c),k,vars(c).get(k)) for c in classes for k in read(c)]
         self.places = [*owned, *plain, *options, *memory, *marks, *methods]
         parts = [vars(opt), *(d for m in modules for d in (vars(m), m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks))]
         self.sizes = [(d,len(d)) for d in (*parts, opt.param_groups, *(g['params'] for g in opt.param_groups))]

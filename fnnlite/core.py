@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.weak import WeakIdKeyDictionary
 from fastcore.meta import PrePostInitMeta
 from .record import *
+from .walk import *
 from .under_autograd import *
 
 # %% ../nbs/01_core.ipynb #42d9865c

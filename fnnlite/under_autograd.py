@@ -11,6 +11,7 @@ from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 from .record import *
+from .walk import Walk
 
 # %% ../nbs/00_under_autograd.ipynb #5d10a007
 class StandIn:

@@ -93,6 +93,19 @@ def test_an_option_that_an_optimizer_keeps_to_itself_is_seen(interpreted):
         def update(self, ps, gs, memory, o): super().update(ps, [g.clamp(-self.most, self.most) for g in gs], memory, o)
     same(graphs=2, opt=Clipped, between=at(30, lambda m,o: setattr(o, 'most', 1.)))
 
+def test_what_a_class_says_is_seen(interpreted, monkeypatch):
+    class Twice(Module):
+        times = 2
+        def forward(self, x): return x*self.times
+        def bwd(self, out, x): x.g = out.g*self.times
+    class Clipped(SGD):
+        most = 1e-3
+        def update(self, ps, gs, memory, o): super().update(ps, [g.clamp(-self.most, self.most) for g in gs], memory, o)
+    start = lambda i, cls, k, a, b: i in (0,50) and monkeypatch.setattr(cls, k, b if i else a)
+    make = lambda: Model([Lin64(6, 5), Twice(), Lin64(5, 3)], CrossEntropy())
+    same(graphs=2, make=make, between=lambda i, *_: start(i, Twice, 'times', 2, 3))
+    same(graphs=2, make=make, opt=Clipped, between=lambda i, *_: start(i, Clipped, 'most', 1e-3, 1.))
+
 def test_dtype_is_seen(interpreted):
     "Another dtype, with the batch it needs."
     def run(step_of):
