@@ -248,7 +248,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fnnlite.functional': { 'fnnlite.functional._': ('functional.html#_', 'fnnlite/functional.py'),
                                     'fnnlite.functional.add': ('functional.html#add', 'fnnlite/functional.py'),
                                     'fnnlite.functional.add_grad': ('functional.html#add_grad', 'fnnlite/functional.py'),
-                                    'fnnlite.functional.amd_processor': ('functional.html#amd_processor', 'fnnlite/functional.py'),
+                                    'fnnlite.functional.amd_family': ('functional.html#amd_family', 'fnnlite/functional.py'),
                                     'fnnlite.functional.concat': ('functional.html#concat', 'fnnlite/functional.py'),
                                     'fnnlite.functional.concat_grad': ('functional.html#concat_grad', 'fnnlite/functional.py'),
                                     'fnnlite.functional.dropout': ('functional.html#dropout', 'fnnlite/functional.py'),

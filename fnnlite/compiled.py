@@ -60,7 +60,8 @@ def library(
 )->str:
     "The path of the library for `gm`, from the cache or the compiler"
     from torch._inductor.runtime.cache_dir_utils import cache_dir
-    options = {'fallback_random': True, 'aot_inductor.compile_wrapper_opt_level': 'O1', 'aot_inductor.precompile_headers': False}
+    options = {'fallback_random': True, 'aot_inductor.compile_wrapper_opt_level': 'O1', 'aot_inductor.precompile_headers': False,
+               'cpp.vec_isa_ok': True} # the compiler isn't tried with each kind of vector first: a third of a first run
     constants = [getattr(gm, n.target).tolist() for n in gm.graph.nodes if n.op=='get_attr']
     known = [gm.code, constants, [(t.shape,t.stride(),t.dtype,t.device) for t in ts], options, torch.__version__, torch.get_num_threads(),
              torch.backends.cpu.get_cpu_capability()]

@@ -1,5 +1,6 @@
 "Each operation against torch's own, forward and backward, as a function and as a layer."
 import math
+from types import SimpleNamespace
 import pytest, torch
 import torch.nn.functional as TF
 from hypothesis import given, settings, strategies as st
@@ -188,26 +189,41 @@ def test_unbroadcast(shape, to):
     t,g = rand(*to).requires_grad_(),rand(*shape)
     close(F.unbroadcast(g, torch.Size(to)), torch.autograd.grad(t.expand(shape), t, g)[0])
 
-routes = [('AVX512',True,(512,784,512),True), ('AVX512',False,(512,784,512),False), ('AVX512',True,(64,784,50),False), ('AVX2',True,(2**15,300,100),True),
-    ('AVX2',True,(8192,785,512),False), ('AVX2',True,(784,2**15,100),False)]
-@pytest.mark.parametrize('capability,amd,size,onednn', routes)
-def test_product(monkeypatch, capability, amd, size, onednn):
+routes = [ # instructions, family of AMD processors, (n,k,m), left side by columns?, is oneDNN the fastest?
+    ('AVX512',25,(512,784,512),False,True), ('AVX512',25,(784,512,512),True,False), ('AVX512',26,(784,512,512),True,True),
+    ('AVX512',0,(512,784,512),False,False), ('AVX512',25,(512,784,50),False,False), ('AVX512',25,(512,784,10),False,True),
+    ('AVX512',25,(784,512,10),True,True), ('AVX512',25,(64,784,10),False,False), ('AVX512',0,(784,512,10),True,False),
+    ('AVX2',25,(2**15,300,100),False,True), ('AVX2',25,(784,2**14,100),True,False), ('AVX2',25,(512,784,512),False,False), ('AVX2',25,(784,512,10),True,True)]
+@pytest.mark.parametrize('capability,family,size,by_columns,onednn', routes)
+def test_product(monkeypatch, capability, family, size, by_columns, onednn):
     "Whichever processor this is: the route that was the fastest on that one, and as exact as `@`."
     if not torch.backends.mkldnn.is_available(): pytest.skip('this torch has no oneDNN')
-    monkeypatch.setattr(F, 'amd_processor', lambda: amd)
+    monkeypatch.setattr(F, 'amd_family', lambda: family)
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
     n,k,m = size
-    assert F.onednn_is_faster(n, k, m)==onednn
-    if size==(784,2**15,100): return # as far as the choice goes
-    a,b,c = torch.randn(n, k),torch.randn(k, m),torch.randn(m)
-    for bias,a,b in ((None,a,b), (c,a,b), (c,a.t().contiguous().t(),b.t().contiguous().t())):
+    assert F.onednn_is_faster(n, k, m, by_columns)==onednn
+    calls,call = [],F.onednn_product
+    monkeypatch.setattr(F, 'onednn_product', lambda *ts: calls.append(1) or call(*ts))
+    a,b,c = torch.randn(k, n).t() if by_columns else torch.randn(n, k),torch.randn(k, m),torch.randn(m)
+    for bias,b in ((None,b), (c,b), (c,b.t().contiguous().t())):
         exact = a.double()@b.double()+(0 if bias is None else bias)
         plain = (a@b+(0 if bias is None else bias)-exact).abs().max()
-        torch.testing.assert_close(F.product(a, b, bias).double(), exact, rtol=0, atol=8*plain.item())
+        res = F.product(a, b, bias)
+        assert res.is_contiguous()
+        torch.testing.assert_close(res.double(), exact, rtol=0, atol=8*plain.item())
+    assert len(calls)==3*onednn
     assert F.product(a[:4].reshape(2, 2, k), b, c).shape==(2, 2, m)
 
+@pytest.mark.parametrize('info,family', [('processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n',25),
+    ('processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\n',0), ('processor\t: 0\nBogoMIPS\t: 50.00\n',0)])
+def test_amd_family(monkeypatch, info, family):
+    "As Linux describes the processor."
+    if not torch.backends.mkldnn.is_available(): pytest.skip('this torch has no oneDNN')
+    monkeypatch.setattr(F, 'Path', lambda path: SimpleNamespace(exists=lambda: True, read_text=lambda: info))
+    assert F.amd_family.__wrapped__()==family
+
 def test_every_function_has_its_gradient():
-    names = set(F.__all__)-{'unbroadcast','rows','product','onednn_is_faster','amd_processor','onednn_product'}
+    names = set(F.__all__)-{'unbroadcast','rows','product','onednn_is_faster','amd_family','onednn_product'}
     assert {n for n in names if not n.endswith('_grad')}=={n[:-5] for n in names if n.endswith('_grad')}
 
 
