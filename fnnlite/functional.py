@@ -10,46 +10,49 @@ __all__ = ['amd_family', 'onednn_is_faster', 'onednn_product', 'product', 'unbro
 
 # %% ../nbs/03_functional.ipynb #340037e9
 import re
-from functools import cache
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from .record import wants
 
 # %% ../nbs/03_functional.ipynb #9d0c0002
-@cache
-def amd_family()->int:
+def amd_family(
+    info=Path('/proc/cpuinfo'), # what Linux says of the processor
+)->int:
     "The family of this AMD processor (25: Zen 3 and 4, 26: Zen 5); 0 for another's, where MKL is taken for the fastest"
-    info = Path('/proc/cpuinfo')
     if not (torch.backends.mkldnn.is_available() and info.exists()): return 0
-    family = re.search(r'AuthenticAMD\ncpu family\s*: (\d+)', info.read_text())
+    with info.open() as f: family = re.search(r'AuthenticAMD\ncpu family\s*: (\d+)', f.read(200)) # of the first core
     return int(family[1]) if family else 0
+_amd,_avx512 = amd_family(),torch.backends.cpu.get_cpu_capability()=='AVX512' # once: torch.compile couldn't look it up
 
 def onednn_is_faster(n, k, m, by_columns=False)->bool:
     "Is oneDNN faster than MKL at a product (n,k) @ (k,m) of this machine's? Its left side may lie in memory by columns"
-    work,family = n*k*m,amd_family()
-    if not family: return False
-    if m<16: return work>=2**21
-    if torch.backends.cpu.get_cpu_capability()=='AVX512': return work>=2**25 and (family>=26 or not by_columns)
+    work = n*k*m
+    if not _amd: return False
+    if m<16: return work>=2**20
+    if _avx512: return work>=2**25 and (_amd>=26 or not by_columns)
     return n>=2**14 and k>=256 and m<=128 and not by_columns
 
-@torch.library.custom_op('fnnlite::onednn_product', mutates_args=())
-def onednn_product(a:torch.Tensor, b:torch.Tensor, bias:torch.Tensor|None=None)->torch.Tensor:
-    "`a @ b + bias` by oneDNN; an operation of its own, since inductor takes torch's for one with constant weights"
-    weights = b.t()
-    if torch.backends.cpu.get_cpu_capability()!='AVX512': weights = weights.contiguous() # costs less there than to read them across
+def onednn_product(a, b, bias=None):
+    "`a @ b + bias` by oneDNN"
+    weights = b.t() if _avx512 else b.t().contiguous() # without AVX-512, copying them costs less than reading them across
     return torch.ops.mkldnn._linear_pointwise(a, weights, bias, 'none', [], '')
-@onednn_product.register_fake
-def _(a, b, bias=None): return a.new_empty(*a.shape[:-1], b.shape[1])
+
+# an operation of its own, since inductor takes torch's for one with constant weights; once a process, which may be running this notebook
+if not hasattr(torch.ops.fnnlite, 'onednn_product'):
+    torch.library.define('fnnlite::onednn_product', '(Tensor a, Tensor b, Tensor? bias=None) -> Tensor')
+    torch.library.impl('fnnlite::onednn_product', 'CPU', onednn_product)
+    torch.library.register_fake('fnnlite::onednn_product', lambda a, b, bias=None: a.new_empty(*a.shape[:-1], b.shape[1]))
+_onednn = torch.ops.fnnlite.onednn_product.default
 
 def product(a, b, bias=None):
     "`a @ b + bias`: (...,k), (k,m), (m) to (...,m), exact, by the fastest routine on this machine"
-    if (a.numel()*b.shape[1]>=2**21 and a.is_cpu and a.dtype==b.dtype==torch.float32 and not (a.requires_grad or b.requires_grad)
+    if (a.numel()*b.shape[1]>=2**20 and a.is_cpu and a.dtype==b.dtype==torch.float32 and not (a.requires_grad or b.requires_grad)
         and not torch.is_autocast_enabled('cpu')):
         by_columns = a.ndim==2 and a.stride(1)!=1
         if onednn_is_faster(a.numel()//a.shape[-1], *b.shape, by_columns):
-            if by_columns and bias is None and b.shape[1]<16: return onednn_product(b.t(), a.t()).t().contiguous() # spares a copy of `a`
-            return onednn_product(a, b, bias)
+            if by_columns and bias is None and b.shape[1]<16: return _onednn(b.t(), a.t()).t().contiguous() # spares a copy of `a`
+            return _onednn(a, b, bias)
     if bias is None: return a@b
     if a.ndim==2: return torch.addmm(bias, a, b)
     out = a@b

@@ -2,7 +2,7 @@
 import inspect
 import pytest, torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from fnnlite import bridge, layers, losses, optim
+from fnnlite import bridge, functional, layers, losses, optim
 from fnnlite.bridge import Wrap
 from fnnlite.core import Module
 from fnnlite.layers import Add, Concat, Dropout, Flatten, Lin, Log, LogSoftmax, Matmul, Mul, Relu, Reshape, Sigmoid, Softmax, Tanh
@@ -122,6 +122,16 @@ def test_optimizers(cls):
     (lambda ps: AdamW(ps, lr=.01), CrossEntropy, lambda: torch.randint(0, 3, (6,)))], ids=['SGD','AdamW'])
 def test_inductor(opt, loss, targ):
     same(lambda: Model([Lin64(4, 5), Relu(), Lin64(5, 3)], loss()), opt, [(rand(6, 4),targ()) for _ in range(4)], 'inductor')
+
+def test_products_of_onednn(monkeypatch):
+    "On a processor where oneDNN has the large products, the step is one graph all the same."
+    if not torch.backends.mkldnn.is_available(): pytest.skip('this torch has no oneDNN')
+    monkeypatch.setattr(functional, '_amd', 25)
+    assert functional.onednn_is_faster(256, 512, 10) and functional.onednn_is_faster(512, 256, 10, by_columns=True)
+    case = (lambda: Model([Lin(512, 10)], CrossEntropy())), sgd, [(torch.randn(256, 512),torch.randint(0, 10, (256,))) for _ in range(2)]
+    ref,res = train(*case),train(*case, 'eager')
+    torch.testing.assert_close(res[:2], ref[:2]) # in float32
+    assert res[2]==1
 
 class Loop(Module):
     "One layer several times, in a Python loop."

@@ -1,6 +1,5 @@
 "Each operation against torch's own, forward and backward, as a function and as a layer."
 import math
-from types import SimpleNamespace
 import pytest, torch
 import torch.nn.functional as TF
 from hypothesis import given, settings, strategies as st
@@ -198,12 +197,12 @@ routes = [ # instructions, family of AMD processors, (n,k,m), left side by colum
 def test_product(monkeypatch, capability, family, size, by_columns, onednn):
     "Whichever processor this is: the route that was the fastest on that one, and as exact as `@`."
     if not torch.backends.mkldnn.is_available(): pytest.skip('this torch has no oneDNN')
-    monkeypatch.setattr(F, 'amd_family', lambda: family)
-    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    monkeypatch.setattr(F, '_amd', family)
+    monkeypatch.setattr(F, '_avx512', capability=='AVX512')
     n,k,m = size
     assert F.onednn_is_faster(n, k, m, by_columns)==onednn
-    calls,call = [],F.onednn_product
-    monkeypatch.setattr(F, 'onednn_product', lambda *ts: calls.append(1) or call(*ts))
+    calls,call = [],F._onednn
+    monkeypatch.setattr(F, '_onednn', lambda *ts: calls.append(1) or call(*ts))
     a,b,c = torch.randn(k, n).t() if by_columns else torch.randn(n, k),torch.randn(k, m),torch.randn(m)
     for bias,b in ((None,b), (c,b), (c,b.t().contiguous().t())):
         exact = a.double()@b.double()+(0 if bias is None else bias)
@@ -216,11 +215,12 @@ def test_product(monkeypatch, capability, family, size, by_columns, onednn):
 
 @pytest.mark.parametrize('info,family', [('processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n',25),
     ('processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\n',0), ('processor\t: 0\nBogoMIPS\t: 50.00\n',0)])
-def test_amd_family(monkeypatch, info, family):
+def test_amd_family(tmp_path, info, family):
     "As Linux describes the processor."
     if not torch.backends.mkldnn.is_available(): pytest.skip('this torch has no oneDNN')
-    monkeypatch.setattr(F, 'Path', lambda path: SimpleNamespace(exists=lambda: True, read_text=lambda: info))
-    assert F.amd_family.__wrapped__()==family
+    (tmp_path/'cpuinfo').write_text(info)
+    assert F.amd_family(tmp_path/'cpuinfo')==family
+    assert F.amd_family(tmp_path/'none')==0
 
 def test_every_function_has_its_gradient():
     names = set(F.__all__)-{'unbroadcast','rows','product','onednn_is_faster','amd_family','onednn_product'}
