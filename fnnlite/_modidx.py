@@ -264,6 +264,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fnnlite.functional.mul_grad': ('functional.html#mul_grad', 'fnnlite/functional.py'),
                                     'fnnlite.functional.onednn_is_faster': ('functional.html#onednn_is_faster', 'fnnlite/functional.py'),
                                     'fnnlite.functional.onednn_product': ('functional.html#onednn_product', 'fnnlite/functional.py'),
+                                    'fnnlite.functional.plain': ('functional.html#plain', 'fnnlite/functional.py'),
                                     'fnnlite.functional.product': ('functional.html#product', 'fnnlite/functional.py'),
                                     'fnnlite.functional.relu': ('functional.html#relu', 'fnnlite/functional.py'),
                                     'fnnlite.functional.relu_grad': ('functional.html#relu_grad', 'fnnlite/functional.py'),

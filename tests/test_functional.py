@@ -213,6 +213,22 @@ def test_product(monkeypatch, capability, family, size, by_columns, onednn):
     assert len(calls)==3*onednn
     assert F.product(a[:4].reshape(2, 2, k), b, c).shape==(2, 2, m)
 
+@pytest.mark.filterwarnings('ignore:`torch.jit:DeprecationWarning') # torch's own
+def test_product_differentiated(monkeypatch):
+    "oneDNN's operation would drop a tangent, or what requires grad, so `@` has such products."
+    if not torch.backends.mkldnn.is_available(): pytest.skip('this torch has no oneDNN')
+    monkeypatch.setattr(F, '_amd', 25)
+    a,b,c,ta,tb,tc = [torch.randn(s) for s in ((256, 512), (512, 10), (10,))*2]
+    assert F.onednn_is_faster(256, 512, 10)
+    close(torch.func.jvp(F.product, (a, b, c), (ta, tb, tc))[1], ta@b+a@tb+tc, rtol=1e-4, atol=1e-3)
+    g = torch.randn(256, 10)
+    for i,(exact,back) in enumerate(((ta@b,g@b.t()), (a@tb,a.t()@g), (tc.expand(256, 10),g.sum(0)))):
+        others = [t for j,t in enumerate((a, b, c)) if j!=i]
+        f = lambda t: F.product(*others[:i], t, *others[i:])
+        close(torch.func.jvp(f, ((a, b, c)[i],), ((ta, tb, tc)[i],))[1], exact, rtol=1e-4, atol=1e-3)
+        t = (a, b, c)[i].clone().requires_grad_()
+        close(torch.autograd.grad(f(t), t, g)[0], back, rtol=1e-4, atol=1e-3)
+
 @pytest.mark.parametrize('info,family', [('processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n',25),
     ('processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\n',0), ('processor\t: 0\nBogoMIPS\t: 50.00\n',0)])
 def test_amd_family(tmp_path, info, family):
@@ -223,7 +239,7 @@ def test_amd_family(tmp_path, info, family):
     assert F.amd_family(tmp_path/'none')==0
 
 def test_every_function_has_its_gradient():
-    names = set(F.__all__)-{'unbroadcast','rows','product','onednn_is_faster','amd_family','onednn_product'}
+    names = set(F.__all__)-{'unbroadcast','rows','product','onednn_is_faster','amd_family','onednn_product','plain'}
     assert {n for n in names if not n.endswith('_grad')}=={n[:-5] for n in names if n.endswith('_grad')}
 
 
