@@ -41,13 +41,14 @@ def onednn_product(a, b, bias=None):
 
 # an operation of its own, since inductor takes torch's for one with constant weights; once a process, which may be running this notebook
 if not hasattr(torch.ops.fnnlite, 'onednn_product'):
-    torch.library.define('fnnlite::onednn_product', '(Tensor a, Tensor b, Tensor? bias=None) -> Tensor')
+    any_layout = torch.Tag.flexible_layout # else inductor copies what comes in, and keeps both
+    torch.library.define('fnnlite::onednn_product', '(Tensor a, Tensor b, Tensor? bias=None) -> Tensor', tags=any_layout)
     torch.library.impl('fnnlite::onednn_product', 'CPU', onednn_product)
     torch.library.register_fake('fnnlite::onednn_product', lambda a, b, bias=None: a.new_empty(*a.shape[:-1], b.shape[1]))
 _onednn = torch.ops.fnnlite.onednn_product.default
 
 def plain(t):
-    "A tensor for oneDNN's operation, which no kind of automatic differentiation can follow?"
+    "May `t` go into `onednn_product`, which no automatic differentiation can follow?"
     return t is None or t.is_cpu and t.dtype==torch.float32 and not t.requires_grad and unpack_dual(t).tangent is None
 
 def product(a, b, bias=None):
