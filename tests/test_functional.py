@@ -228,6 +228,23 @@ def test_product_differentiated(monkeypatch):
         close(torch.func.jvp(f, ((a, b, c)[i],), ((ta, tb, tc)[i],))[1], exact, rtol=1e-4, atol=1e-3)
         t = (a, b, c)[i].clone().requires_grad_()
         close(torch.autograd.grad(f(t), t, g)[0], back, rtol=1e-4, atol=1e-3)
+    batch,gs = torch.randn(2, 256, 512),torch.randn(2, 256, 10)
+    in_vmap = lambda batch: torch.func.vmap(lambda a: F.product(a, b, c))(batch) # a tensor in there doesn't say that it requires grad
+    close(torch.func.grad(lambda batch: (in_vmap(batch)*gs).sum())(batch), gs@b.t(), rtol=1e-4, atol=1e-3)
+    close(torch.func.jvp(in_vmap, (batch,), (batch,))[1], batch@b, rtol=1e-4, atol=1e-3)
+
+@pytest.mark.parametrize('shape,bias', [((512,10),(1,10)), ((512,10),(1,)), ((512,10),(7,)), ((500,10),(10,)), ((500,10),None)])
+@pytest.mark.parametrize('by_columns', [False,True])
+def test_product_of_shapes_that_do_not_fit(monkeypatch, shape, bias, by_columns):
+    "A large product says what a small one says: torch's own result or error."
+    monkeypatch.setattr(F, '_amd', 25)
+    a,b,c = torch.randn(512, 256).t() if by_columns else torch.randn(256, 512),torch.randn(shape),None if bias is None else torch.randn(bias)
+    plain = lambda: a@b if c is None else torch.addmm(c, a, b)
+    try: exact = plain()
+    except RuntimeError as e:
+        with pytest.raises(RuntimeError) as ours: F.product(a, b, c)
+        assert str(ours.value)==str(e)
+    else: close(F.product(a, b, c), exact, rtol=1e-4, atol=1e-3)
 
 @pytest.mark.parametrize('info,family', [('processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n',25),
     ('processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\n',0), ('processor\t: 0\nBogoMIPS\t: 50.00\n',0)])
@@ -239,7 +256,7 @@ def test_amd_family(tmp_path, info, family):
     assert F.amd_family(tmp_path/'none')==0
 
 def test_every_function_has_its_gradient():
-    names = set(F.__all__)-{'unbroadcast','rows','product','onednn_is_faster','amd_family','onednn_product','plain'}
+    names = set(F.__all__)-{'unbroadcast','rows','product','onednn_is_faster','amd_family','onednn_product','onednn_fits'}
     assert {n for n in names if not n.endswith('_grad')}=={n[:-5] for n in names if n.endswith('_grad')}
 
 
