@@ -120,20 +120,22 @@ def machine_code(
 class Seen:
     "What a graph takes for granted of a model and an optimizer"
     def __init__(self, model, opt):
-        modules,internal = list(model.modules()),set(vars(nn.Module()))-{'training'}
+        modules = list(model.modules())
+        internal = {'_call', *vars(nn.Module()), *vars(torch.optim.SGD([torch.zeros(())]))}-{'training','state','param_groups'}
         self.params = list(dict.fromkeys([*model.parameters(), *(p for g in opt.param_groups for p in g['params'])]))
         owned = [(d,k,v) for m in modules for d in (m._parameters, m._buffers, m._modules) for k,v in d.items()]
-        plain = [(vars(o),k,v) for o in (*modules, opt) for k,v in vars(o).items() if k not in internal and k!='_call']
+        plain = [(vars(o),k,v) for o in (*modules, opt) for k,v in vars(o).items() if k not in internal]
         options = [(g,k,v) for g in opt.param_groups for k,v in g.items()]
         memory = [(s,k,v) for p in self.params for s in [opt.state.get(p, {})] for k,v in s.items()]
         marks = [(vars(p),k,vars(p).get(k)) for p in self.params for k in ('const','g')]
-        classes = {c for m in modules for c in type(m).__mro__ if c not in Module.__mro__}
-        classes |= {c for c in type(opt).__mro__ if c not in Optimizer.__mro__}
-        read = lambda c: {'forward','bwd','update', *(k for k,v in vars(c).items() if not (k.startswith('__') or callable(v)))}
+        classes = {c:('forward','bwd') for m in modules for c in type(m).__mro__ if c not in Module.__mro__}
+        classes |= {c:('update',) for c in type(opt).__mro__ if c not in Optimizer.__mro__}
+        read = lambda c: {*classes[c], *(k for k,v in vars(c).items() if not (k.startswith('__') or callable(v)))}
         methods = [(vars(c),k,vars(c).get(k)) for c in classes for k in read(c)]
-        self.places = [*owned, *plain, *options, *memory, *marks, *methods]
+        self.places = [(d.get,k,v) for d,k,v in (*owned, *plain, *options, *memory, *marks, *methods)]
         parts = [vars(opt), *(d for m in modules for d in (vars(m), m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks))]
-        self.sizes = [(d,len(d)) for d in (*parts, opt.param_groups, *(g['params'] for g in opt.param_groups))]
+        self.parts = [*parts, opt.param_groups, *(g['params'] for g in opt.param_groups)]
+        self.sizes = list(map(len, self.parts))
         self.tensors = list({id(t):t for t in (*self.params, *(v for _,_,v in (*owned, *options, *memory)
                                                               if isinstance(v, torch.Tensor)))}.values())
         self.hooked = any(m._hooked() if isinstance(m, Module) else m._forward_hooks or m._forward_pre_hooks for m in modules)
@@ -141,11 +143,9 @@ class Seen:
 
     def holds(self):
         "Is all as it was?"
-        for d,k,v in self.places:
-            if d.get(k) is not v: return False
-        for d,n in self.sizes:
-            if len(d)!=n: return False
-        return self.guard.check(*self.tensors)
+        for get,k,v in self.places:
+            if get(k) is not v: return False
+        return list(map(len, self.parts))==self.sizes and self.guard.check(*self.tensors)
 
 def guard(ts):
     "torch's comparison of tensors with `ts`, in shape, stride, dtype, device and requires_grad"
