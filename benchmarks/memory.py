@@ -10,7 +10,7 @@ nets = 'lesson','numpy','wide512','deep256'
 def cpu_peak(f):
     "The most bytes that calls of `f` have at once, by what torch's allocator says of itself"
     # twice: what the first call leaves behind counts until the second lets it go; of what was there before, the profiler tells nothing
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
         for _ in range(2): f()
     events = [e for e in prof.profiler.kineto_results.events() if e.name()=='[memory]' and e.device_type()==torch.autograd.DeviceType.CPU]
     total = peak = 0

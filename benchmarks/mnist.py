@@ -37,16 +37,22 @@ def fnnlite_run(m, goal, epochs, seed, device, how):
     return until(goal, epochs, fnn_step(model, opt, how), opt, lambda: dls.train, model.predict, dls.valid.x, dls.valid.y)
 
 def torch_run(m, goal, epochs, seed, device, loader=False):
+    from fnnlite.data import ArrayDL
+    from torch.utils.data import DataLoader, TensorDataset
     net = torch_net(recipe, device, seed=seed)
     opt = torch.optim.Adam(net.parameters(), lr=lr)
     step = torch_step(lambda xb,yb: losses['ce'](net(xb), yb), opt)
-    g = torch.Generator().manual_seed(seed)
-    def from_loader():
-        for xb,yb in dl: yield xb.to(device),yb.to(device)
-    def from_memory():
-        for ids in torch.randperm(len(x), generator=g).to(device).split(recipe.bs)[:len(x)//recipe.bs]: yield x.index_select(0, ids),y.index_select(0, ids)
-    if loader: dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(m[0], m[1]), recipe.bs, shuffle=True, drop_last=True, generator=g)
     x,y,xv,yv = (t.to(device) for t in m)
+    dl = ArrayDL(x, y, seed=seed, device=device) # its order is everyone's, or luck would decide how many epochs it takes
+    def order():
+        ids = dl.perm()
+        dl.epoch += 1
+        return ids
+    def from_loader():
+        data,ids = TensorDataset(m[0], m[1]),order().tolist() # as `shuffle` would draw them
+        for xb,yb in DataLoader(data, recipe.bs, sampler=ids, drop_last=True): yield xb.to(device),yb.to(device)
+    def from_memory():
+        for ids in order().split(recipe.bs)[:len(x)//recipe.bs]: yield x.index_select(0, ids),y.index_select(0, ids)
     return until(goal, epochs, step, opt, from_loader if loader else from_memory, net, xv, yv)
 
 runs = {

@@ -46,6 +46,7 @@ def processes(
     if not launched():
         yield True
         return
+    import torch.distributed.nn # its functions would keep a group that is there when they are imported, and its threads abort Python's exit
     gpu = device.type=='cuda'
     if gpu: torch.cuda.set_device(device)
     dist.init_process_group('nccl' if gpu else 'gloo', timeout=timedelta(seconds=timeout), device_id=device if gpu else None)

@@ -8,6 +8,7 @@ __all__ = ['Loss', 'Mse', 'check_classes', 'check_range', 'nll', 'one_hot', 'NLL
 # %% ../nbs/05_losses.ipynb #98aa9d67
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling
 from .core import Module
 from .functional import rows
 from .layers import check_inp
@@ -64,7 +65,7 @@ def check_classes(module, inp, targ):
     if targ.shape!=inp.shape[:-1]:
         raise ValueError(f"{module}: targ has shape {tuple(targ.shape)}, expected {tuple(inp.shape[:-1])} for inp {tuple(inp.shape)}")
     if targ.device!=inp.device: raise ValueError(f"{module}: targ is on device {targ.device}, expected {inp.device}")
-    if traced() and not targ.is_cuda: targ.n_classes = inp.shape[-1] # so that who runs the graph can check
+    if traced() and not (is_compiling() or targ.is_cuda): targ.n_classes = inp.shape[-1] # so that `compile_step` can check
 
 def check_range(module, targ, n):
     "Raise ValueError unless `targ` holds class indices from 0 to `n`-1; on a GPU that would mean to wait for it, and torch itself stops there"

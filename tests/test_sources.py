@@ -41,7 +41,7 @@ def test_foundations(mnist, dtype):
     lin1,lin2 = Lin(w1.clone(), b1.clone()),Lin(w2.clone(), b2.clone())
     model = Model([lin1, Relu(sub=.5), lin2], Mse())
 
-    losses,lr = [],.01
+    losses,lr = [],.005
     for step in range(steps):
         h = x@w1+b1
         r = h.clamp_min(0.)-.5
