@@ -8,10 +8,12 @@ __all__ = ['lifted', 'written_down', 'library', 'captured', 'op_by_op', 'machine
 
 # %% ../nbs/17_compiled.ipynb #d9fa0856
 import hashlib, random, warnings
+from inspect import getsource
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from . import functional
 from .checkpoint import write_file
 from .core import Module
 from .optim import Optimizer
@@ -64,7 +66,7 @@ def library(
                'cpp.vec_isa_ok': True} # the compiler isn't tried with each kind of vector first: a third of a first run
     constants = [getattr(gm, n.target).tolist() for n in gm.graph.nodes if n.op=='get_attr']
     known = [gm.code, constants, [(t.shape,t.stride(),t.dtype,t.device) for t in ts], options, torch.__version__, torch.get_num_threads(),
-             torch.backends.cpu.get_cpu_capability()]
+             torch.backends.cpu.get_cpu_capability(), getsource(functional)] # which has what an operation of our own is to a compiler
     note = Path(cache_dir())/'fnnlite'/(hashlib.sha256(repr(known).encode()).hexdigest()+'.txt')
     if not anew and note.exists() and Path(note.read_text()).exists(): return note.read_text()
     with warnings.catch_warnings():

@@ -55,7 +55,7 @@ def onednn_fits(a, b, bias=None)->bool:
 
 def product(a, b, bias=None):
     "`a @ b + bias`: (...,k), (k,m), (m) to (...,m), exact, by the fastest routine on this machine"
-    if a.numel()*b.shape[1]>=2**20:
+    if _amd and a.numel()*b.shape[1]>=2**20:
         by_columns = a.ndim==2 and a.stride(1)!=1
         if onednn_is_faster(a.numel()//a.shape[-1], *b.shape, by_columns) and onednn_fits(a, b, bias):
             if by_columns and bias is None and b.shape[1]<16: return _onednn(b.t(), a.t()).t().contiguous() # spares a copy of `a`

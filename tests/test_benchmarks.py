@@ -3,6 +3,7 @@ import json, math, os, subprocess, sys
 from importlib.metadata import version
 from pathlib import Path
 import pytest, torch
+from fnnlite import SGD, Lin, Model, Mse, Relu, compile_step, functional
 
 root = Path(__file__).parents[1]
 sys.path.insert(0, str(root)) # the benchmarks aren't part of the package
@@ -83,6 +84,18 @@ def test_peak_memory():
     def drops(): nonlocal before; before = None; two_of_three()
     assert 8*mb<=memory.cpu_peak(drops)<8.01*mb
     assert 12*mb<=memory.cpu_peak(leaves_one)<12.01*mb
+
+def test_compiled_products_copy_nothing(monkeypatch):
+    "inductor copies what an operation reads, and keeps it, unless it is told that any layout will do."
+    if not torch.backends.mkldnn.is_available(): pytest.skip('this torch has no oneDNN')
+    monkeypatch.setattr(functional, '_avx512', True) # else oneDNN's route copies weights
+    monkeypatch.setattr(functional, '_amd', 25)
+    model = Model([Lin(64, 256), Relu(), Lin(256, 1)], Mse())
+    step,mb = compile_step(model, SGD(model.parameters())),2**20
+    x,y = torch.randn(4096, 64),torch.randn(4096) # 4 MB of activations, and as much of their gradient
+    for _ in range(2): step(x, y)
+    assert step.why_not is None
+    assert 8*mb<=memory.cpu_peak(lambda: step(x, y))<10*mb
 
 def test_floor(monkeypatch):
     w = workloads['mlp64'].tiny()

@@ -264,6 +264,8 @@ def test_library_is_kept_and_mended(monkeypatch, own_cache, tmp_path):
     assert Path(compiled.library(gm, ts)).exists() and len(made)==3
     with pytest.raises(RuntimeError): compiled.machine_code(gm, ts) # a damaged file is made anew once
     assert len(made)==4
+    monkeypatch.setattr(compiled, 'getsource', lambda module: 'another version of its operations')
+    assert Path(compiled.library(gm, ts))==made[4]
 
 def test_captured():
     "Stand-ins for a CUDA graph: the weights are as before the capture, each batch goes to its place, results aren't overwritten."
