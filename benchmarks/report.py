@@ -108,6 +108,7 @@ def plot_ratios(rows, path):
             part = [(nets.index(r['workload'])+.05*(i-len(peers)/2),r['to_eager']) for r in rows if (r['opt'],r['peer'])==(opt,peer)]
             ax.plot(*zip(*part), 'D*osv^<>Xph8Pd'[i%14], color=plt.cm.tab20(2*i%20+i//10%2), label=peer) if part else None
         ax.axhline(1, lw=.5, color='grey')
+        ax.tick_params('x', labelsize='small')
         ax.set(yscale='log', ylabel=f'{opt}: time ÷ torch eager', xticks=range(len(nets)), xticklabels=nets)
     fig.legend(*axs[0,0].get_legend_handles_labels(), loc='outside right upper', fontsize='small')
     path.parent.mkdir(parents=True, exist_ok=True)
