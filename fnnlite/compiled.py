@@ -123,10 +123,10 @@ class Seen:
     "What a graph takes for granted of a model and an optimizer"
     def __init__(self, model, opt):
         modules = list(model.modules())
-        internal = {'_call', *vars(nn.Module()), *vars(torch.optim.SGD([torch.zeros(())]))}-{'training','state','param_groups'}
+        of_module,of_opt = {'_call', *vars(nn.Module())}-{'training'},set(vars(torch.optim.SGD([torch.zeros(())])))-{'state','param_groups'}
         self.params = list(dict.fromkeys([*model.parameters(), *(p for g in opt.param_groups for p in g['params'])]))
         owned = [(d,k,v) for m in modules for d in (m._parameters, m._buffers, m._modules) for k,v in d.items()]
-        plain = [(vars(o),k,v) for o in (*modules, opt) for k,v in vars(o).items() if k not in internal]
+        plain = [(vars(o),k,v) for o in (*modules, opt) for k,v in vars(o).items() if k not in (of_opt if o is opt else of_module)]
         options = [(g,k,v) for g in opt.param_groups for k,v in g.items()]
         memory = [(s,k,v) for p in self.params for s in [opt.state.get(p, {})] for k,v in s.items()]
         marks = [(vars(p),k,vars(p).get(k)) for p in self.params for k in ('const','g')]

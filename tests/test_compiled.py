@@ -93,6 +93,14 @@ def test_an_option_that_an_optimizer_keeps_to_itself_is_seen(interpreted):
         def update(self, ps, gs, memory, o): super().update(ps, [g.clamp(-self.most, self.most) for g in gs], memory, o)
     same(graphs=2, opt=Clipped, between=at(30, lambda m,o: setattr(o, 'most', 1.)))
 
+def test_an_option_with_a_name_that_torch_has_too_is_seen(interpreted):
+    class Scale(Module):
+        def __init__(self): self.defaults = 2. # an optimizer has one
+        def forward(self, x): return x*self.defaults
+        def bwd(self, out, x): x.g = out.g*self.defaults
+    make = lambda: Model([Lin64(6, 5), Scale(), Lin64(5, 3)], CrossEntropy())
+    same(graphs=2, make=make, between=at(30, lambda m,o: setattr(m.layers[1], 'defaults', 3.)))
+
 def test_what_a_class_says_is_seen(interpreted, monkeypatch):
     class Twice(Module):
         times = 2
