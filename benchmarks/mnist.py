@@ -29,31 +29,28 @@ def until(goal, epochs, step, opt, batches, predict, x, y):
         sched.step()
     return dict(seconds=time.perf_counter()-start, first=step.secs, epochs=epoch, accuracy=acc, reached=acc>=goal)
 
+def loaders(m, seed, device):
+    from fnnlite import DataLoaders
+    return DataLoaders.from_arrays(*m, bs=recipe.bs, seed=seed, device=device, drop_last=True)
+
 def fnnlite_run(m, goal, epochs, seed, device, how):
-    from fnnlite import Adam, DataLoaders
+    from fnnlite import Adam
     model = fnn_model(recipe, device, seed=seed)
     opt = Adam(model.parameters(), lr=lr)
-    dls = DataLoaders.from_arrays(*m, bs=recipe.bs, seed=seed, device=device, drop_last=True)
+    dls = loaders(m, seed, device)
     return until(goal, epochs, fnn_step(model, opt, how), opt, lambda: dls.train, model.predict, dls.valid.x, dls.valid.y)
 
 def torch_run(m, goal, epochs, seed, device, loader=False):
-    from fnnlite.data import ArrayDL
     from torch.utils.data import DataLoader, TensorDataset
     net = torch_net(recipe, device, seed=seed)
     opt = torch.optim.Adam(net.parameters(), lr=lr)
     step = torch_step(lambda xb,yb: losses['ce'](net(xb), yb), opt)
-    x,y,xv,yv = (t.to(device) for t in m)
-    dl = ArrayDL(x, y, seed=seed, device=device) # its order is everyone's, or luck would decide how many epochs it takes
-    def order():
-        ids = dl.perm()
-        dl.epoch += 1
-        return ids
+    dls = loaders(m, seed, device) # the same order, or luck would decide how many epochs it takes
     def from_loader():
-        data,ids = TensorDataset(m[0], m[1]),order().tolist() # as `shuffle` would draw them
+        data,ids = TensorDataset(m[0], m[1]),dls.train.perm().tolist() # as `shuffle` would draw them
+        dls.train.epoch += 1
         for xb,yb in DataLoader(data, recipe.bs, sampler=ids, drop_last=True): yield xb.to(device),yb.to(device)
-    def from_memory():
-        for ids in order().split(recipe.bs)[:len(x)//recipe.bs]: yield x.index_select(0, ids),y.index_select(0, ids)
-    return until(goal, epochs, step, opt, from_loader if loader else from_memory, net, xv, yv)
+    return until(goal, epochs, step, opt, from_loader if loader else lambda: dls.train, net, dls.valid.x, dls.valid.y)
 
 runs = {
     'fnnlite compiled': partial(fnnlite_run, how='compiled'),

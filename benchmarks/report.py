@@ -14,6 +14,7 @@ def machine(device):
     cpuinfo = Path('/proc/cpuinfo')
     models = re.findall(r'^model name\s*: (.*)$', cpuinfo.read_text() if cpuinfo.exists() else '', re.M)
     versions = dict(python=platform.python_version(), **{n:version(n) for n in ('fnnlite','torch','numpy','jax','jaxlib','tinygrad') if find_spec(n)})
+    versions['torch'] = torch.__version__ # says which build
     return dict(cpu=models[0] if models else platform.processor(), cores=os.cpu_count(), capability=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(), load=os.getloadavg()[0], gpu=torch.cuda.get_device_name() if device=='cuda' else None,
         system=platform.system(), date=str(date.today()), versions=versions)

@@ -122,17 +122,16 @@ def machine_code(
 class Seen:
     "What a graph takes for granted of a model and an optimizer"
     def __init__(self, model, opt):
-        modules = list(model.modules())
-        of_module,of_opt = {'_call', *vars(nn.Module())}-{'training'},set(vars(torch.optim.SGD([torch.zeros(())])))-{'state','param_groups'}
+        modules,internal = list(model.modules()),{'_call', *vars(nn.Module())}-{'training'}
         self.params = list(dict.fromkeys([*model.parameters(), *(p for g in opt.param_groups for p in g['params'])]))
         owned = [(d,k,v) for m in modules for d in (m._parameters, m._buffers, m._modules) for k,v in d.items()]
-        plain = [(vars(o),k,v) for o in (*modules, opt) for k,v in vars(o).items() if k not in (of_opt if o is opt else of_module)]
+        plain = [(vars(o),k,v) for o in (*modules, opt) for k,v in vars(o).items() if o is opt or k not in internal]
         options = [(g,k,v) for g in opt.param_groups for k,v in g.items()]
         memory = [(s,k,v) for p in self.params for s in [opt.state.get(p, {})] for k,v in s.items()]
         marks = [(vars(p),k,vars(p).get(k)) for p in self.params for k in ('const','g')]
-        classes = {c:('forward','bwd') for m in modules for c in type(m).__mro__ if c not in Module.__mro__}
-        classes |= {c:('update',) for c in type(opt).__mro__ if c not in Optimizer.__mro__}
-        read = lambda c: {*classes[c], *(k for k,v in vars(c).items() if not (k.startswith('__') or callable(v)))}
+        classes = {c for m in modules for c in type(m).__mro__ if c not in Module.__mro__}
+        classes |= {c for c in type(opt).__mro__ if c not in Optimizer.__mro__}
+        read = lambda c: {'forward','bwd','update', *(k for k in vars(c) if not k.startswith('__'))}
         methods = [(vars(c),k,vars(c).get(k)) for c in classes for k in read(c)]
         self.places = [(d.get,k,v) for d,k,v in (*owned, *plain, *options, *memory, *marks, *methods)]
         parts = [vars(opt), *(d for m in modules for d in (vars(m), m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks))]

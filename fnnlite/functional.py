@@ -37,12 +37,13 @@ def onednn_is_faster(n, k, m, by_columns=False)->bool:
 def onednn_product(a, b, bias=None):
     "`a @ b + bias` by oneDNN"
     weights = b.t() if _avx512 else b.t().contiguous() # without AVX-512, copying them costs less than reading them across
+    if bias is not None: bias = bias.contiguous() # oneDNN reads it as if it were
     return torch.ops.mkldnn._linear_pointwise(a, weights, bias, 'none', [], '')
 
 # an operation of its own, since inductor takes torch's for one with constant weights; once a process, which may be running this notebook
 if not hasattr(torch.ops.fnnlite, 'onednn_product'):
-    any_layout = torch.Tag.flexible_layout # else inductor copies what comes in, and keeps both
-    torch.library.define('fnnlite::onednn_product', '(Tensor a, Tensor b, Tensor? bias=None) -> Tensor', tags=any_layout)
+    torch.library.define('fnnlite::onednn_product', '(Tensor a, Tensor b, Tensor? bias=None) -> Tensor',
+        tags=torch.Tag.flexible_layout) # else inductor copies what comes in, and keeps both
     torch.library.impl('fnnlite::onednn_product', 'CPU', onednn_product)
     torch.library.register_fake('fnnlite::onednn_product', lambda a, b, bias=None: a.new_empty(*a.shape[:-1], b.shape[1]))
 _onednn = torch.ops.fnnlite.onednn_product.default
@@ -55,7 +56,7 @@ def onednn_fits(a, b, bias=None)->bool:
 
 def product(a, b, bias=None):
     "`a @ b + bias`: (...,k), (k,m), (m) to (...,m), exact, by the fastest routine on this machine"
-    if _amd and a.numel()*b.shape[1]>=2**20:
+    if a.numel()*b.shape[1]>=2**20:
         by_columns = a.ndim==2 and a.stride(1)!=1
         if onednn_is_faster(a.numel()//a.shape[-1], *b.shape, by_columns) and onednn_fits(a, b, bias):
             if by_columns and bias is None and b.shape[1]<16: return _onednn(b.t(), a.t()).t().contiguous() # spares a copy of `a`

@@ -133,6 +133,19 @@ def test_products_of_onednn(monkeypatch):
     torch.testing.assert_close(res[:2], ref[:2]) # in float32
     assert res[2]==1
 
+@pytest.mark.filterwarnings('ignore:`torch.jit:DeprecationWarning') # torch's own
+def test_a_class_index_out_of_range():
+    "Where the loss is returned or nobody wants it, whose kernel leaves one of them out: the gradient would be wrong."
+    m,x = Model([Lin64(4, 3)], CrossEntropy()),rand(5, 4)
+    for loss in (True,False):
+        @torch.compile(fullgraph=True)
+        def step(x, y):
+            out = m(x, y)
+            m.backward()
+            return (out if loss else 0),m.layers[0].w.g
+        for bad in (3, -1, -2**63):
+            with pytest.raises(RuntimeError, match='out of bounds'): step(x, torch.tensor([0,1,bad,2,0]))
+
 class Loop(Module):
     "One layer several times, in a Python loop."
     def __init__(self, n=3): self.l,self.act,self.add,self.n = Lin64(4, 4),Tanh(),Add(),n

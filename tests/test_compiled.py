@@ -114,6 +114,14 @@ def test_what_a_class_says_is_seen(interpreted, monkeypatch):
     same(graphs=2, make=make, between=lambda i, *_: start(i, Twice, 'times', 2, 3))
     same(graphs=2, make=make, opt=Clipped, between=lambda i, *_: start(i, Clipped, 'most', 1e-3, 1.))
 
+def test_a_method_that_forward_calls_is_seen(interpreted, monkeypatch):
+    class Twice(Module):
+        def times(self): return 2
+        def forward(self, x): return x*self.times()
+        def bwd(self, out, x): x.g = out.g*self.times()
+    start = lambda i, *_: i in (0,50) and monkeypatch.setattr(Twice, 'times', lambda self: 3 if i else 2)
+    same(graphs=2, make=lambda: Model([Lin64(6, 5), Twice(), Lin64(5, 3)], CrossEntropy()), between=start)
+
 def test_dtype_is_seen(interpreted):
     "Another dtype, with the batch it needs."
     def run(step_of):

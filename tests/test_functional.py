@@ -233,6 +233,15 @@ def test_product_differentiated(monkeypatch):
     close(torch.func.grad(lambda batch: (in_vmap(batch)*gs).sum())(batch), gs@b.t(), rtol=1e-4, atol=1e-3)
     close(torch.func.jvp(in_vmap, (batch,), (batch,))[1], batch@b, rtol=1e-4, atol=1e-3)
 
+@pytest.mark.parametrize('size', [10,600])
+def test_product_with_a_bias_laid_out_otherwise(monkeypatch, size):
+    "oneDNN reads a bias as if its numbers lay side by side."
+    if not torch.backends.mkldnn.is_available(): pytest.skip('this torch has no oneDNN')
+    monkeypatch.setattr(F, '_amd', 26)
+    monkeypatch.setattr(F, '_avx512', True)
+    a,b = torch.randn(512, 512),torch.randn(512, size)
+    for bias in (torch.ones(1).expand(size), torch.randn(2*size)[::2]): close(F.product(a, b, bias), a@b+bias, rtol=1e-4, atol=1e-3)
+
 @pytest.mark.parametrize('shape,bias', [((512,10),(1,10)), ((512,10),(1,)), ((512,10),(7,)), ((500,10),(10,)), ((500,10),None)])
 @pytest.mark.parametrize('by_columns', [False,True])
 def test_product_of_shapes_that_do_not_fit(monkeypatch, shape, bias, by_columns):
