@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['parts', 'events', 'inner_events', 'cancels', 'CancelException', 'CancelFitException', 'CancelEpochException',
            'CancelTrainException', 'CancelValidException', 'CancelBatchException', 'CancelBackwardException',
-           'CancelStepException', 'Callback', 'History', 'metric_name', 'Recorder', 'NonFiniteError', 'first_nonfinite',
-           'StopAtNonFinite', 'Progress', 'OneCycle', 'Checkpoint']
+           'CancelStepException', 'Callback', 'History', 'metric_name', 'is_stateful', 'sums_rows', 'Recorder',
+           'NonFiniteError', 'first_nonfinite', 'StopAtNonFinite', 'Progress', 'OneCycle', 'Checkpoint']
 
 # %% ../nbs/11_callback.ipynb #8a9de284
 import csv, io, json, math, time
@@ -30,7 +30,7 @@ class CancelTrainException(CancelException): "Ends the epoch's training"
 class CancelValidException(CancelException): "Ends the validation"
 class CancelBatchException(CancelException): "Ends the batch"
 class CancelBackwardException(CancelException): "Ends the backward pass"
-class CancelStepException(CancelException): "Leaves out the update"
+class CancelStepException(CancelException): "Leaves out the update; the gradients stay, and the next batch's add to them"
 
 cancels = dict(zip(parts, (CancelFitException, CancelEpochException, CancelTrainException, CancelValidException, CancelBatchException,
                            CancelBackwardException, CancelStepException)))
@@ -70,6 +70,14 @@ def metric_name(m):
     "How a metric is called in the table"
     return getattr(m, '__name__', None) or metric_name(getattr(m, 'func', type(m)))
 
+def is_stateful(m):
+    "Does the metric keep its own count over the batches, as torchmetrics' do?"
+    return all(callable(getattr(m, k, None)) for k in ('reset','update','compute'))
+
+def sums_rows(model):
+    "Is the loss of `model` a sum over the rows of the batch, not their mean?"
+    return getattr(getattr(model, 'loss', None), 'reduction', 'mean')=='sum'
+
 class Recorder(Callback):
     "Keeps `learn.history`"
     order = -10
@@ -77,20 +85,36 @@ class Recorder(Callback):
         valid = [] if self.dls.valid is None else ['valid_loss',*map(metric_name, self.metrics)]
         self.start,self.row = time.time(),dict.fromkeys(['epoch','train_loss',*valid,'time'])
         self.row['epoch'] = self.epoch
-    def before_train(self): self.n,self.sums = 0,torch.zeros(1+len(self.metrics), dtype=torch.float64)
-    before_validate = before_train
+    def before_train(self):
+        self.n,self.sums = 0,torch.zeros(1+len(self.metrics), dtype=torch.float64)
+    def before_validate(self):
+        self.before_train()
+        for m in filter(is_stateful, self.metrics): m.reset()
 
     def after_batch(self):
         if self.loss is None: return
-        n = len(self.xb)
-        values = [self.loss.detach()] if self.training else [self.loss,*(m(self.pred, self.yb) for m in self.metrics)]
-        self.n += n
+        n,values = len(self.xb),[self.loss.detach()]
+        if not self.training: values += [self._measured(m) for m in self.metrics]
         self.sums = self.sums.to(self.loss.device)
-        self.sums[:len(values)] += n*torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.sums.device) for v in values])
+        numbers = {'dtype':torch.float64, 'device':self.sums.device}
+        values = torch.stack([torch.as_tensor(v, **numbers) for v in values])
+        if sums_rows(self.model): values[0] /= n
+        self.n += n
+        self.sums[:len(values)] += n*values
+
+    def _measured(self, m):
+        "The batch's mean of the metric `m`; 0 for one that keeps its own count"
+        if not is_stateful(m): return m(self.pred, self.yb)
+        m.update(self.pred, self.yb)
+        return 0.
 
     def means(self): return [s/self.n if self.n else None for s in self.sums.tolist()]
     def after_train(self): self.row['train_loss'] = self.means()[0]
-    def after_validate(self): self.row.update(zip(['valid_loss',*map(metric_name, self.metrics)], self.means()))
+    def after_validate(self):
+        loss,*means = self.means()
+        self.row['valid_loss'] = loss
+        for m,mean in zip(self.metrics, means):
+            self.row[metric_name(m)] = float(m.compute()) if is_stateful(m) and self.n else mean
     def after_epoch(self):
         self.row['time'] = round(time.time()-self.start, 2)
         self.history.append(self.row)

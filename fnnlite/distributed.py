@@ -72,7 +72,9 @@ class Distributed(Callback):
             raise DistributedError("Distributed: this process is connected to no other: start it with torchrun, and fit within processes()")
         self.rank,self.world = dist.get_rank(),dist.get_world_size()
         self.recorder = next(o for o in self.cbs if isinstance(o, Recorder))
-        self.total = getattr(self.model.loss, 'reduction', 'mean')=='sum'
+        for m in self.metrics:
+            if is_stateful(m) and not hasattr(m, 'sync'): raise DistributedError(
+                f"Distributed: the metric {metric_name(m)} counts this process's rows alone; give it a sync() like torchmetrics', or use a function")
         if self.rank: # in place, for one of these lists is being gone through
             for e,fs in self.handlers.items(): fs[:] = [f for f in fs if e not in getattr(getattr(f, '__self__', None), 'once', ())]
         self._same_model()
@@ -114,7 +116,7 @@ class Distributed(Callback):
         if self.training: self._open()
 
     def before_backward(self):
-        self.start = self.loss.g = torch.full_like(self.loss, float(self.weight>0) if self.total else self.weight)
+        self.start = self.loss.g = torch.full_like(self.loss, float(self.weight>0) if sums_rows(self.model) else self.weight)
 
     def grad_ready(self, p):
         if p not in self.params: raise DistributedError(
@@ -129,9 +131,7 @@ class Distributed(Callback):
         self._round('goes through a batch', self.rows)
 
     def after_batch(self):
-        if self.loss is None: return
         if not self.weight: self.learn.loss = None # the row was another process's
-        elif self.total: self.learn.loss = self.loss/self.weight # as if the other processes' rows were like these
     def after_train(self): self._reduce('ends the training')
     def after_validate(self): self._reduce('ends the validation')
 

@@ -15,8 +15,14 @@ from .model import evaluating
 from .record import const
 
 # %% ../nbs/12_learner.ipynb #2edf3e8d
-def accuracy(pred, targ):
-    "The part of the rows of `pred` (n,C) whose largest element is at `targ` (n)"
+def accuracy(
+    pred, # scores of two classes or more, (n,C)
+    targ, # each row's class, (n)
+):
+    "The share of rows whose largest score is that of their class; ValueError for other shapes"
+    if pred.ndim!=2 or pred.shape[1]<2 or targ.shape!=pred.shape[:1]:
+        raise ValueError(f"accuracy: pred has shape {tuple(pred.shape)} and targ {tuple(targ.shape)}, "
+            "expected (n,C) with C at least 2, and (n); for one score a row write a metric of your own")
     return (pred.argmax(-1)==targ).double().mean()
 
 # %% ../nbs/12_learner.ipynb #cbd7b9b6
@@ -26,7 +32,7 @@ class Learner:
         model, # a `Model`: layers and a loss
         dls, # `DataLoaders`, or anything with `.train` and `.valid` that give (xb,yb)
         opt, # an optimizer over the model's parameters, or a function of them that makes one
-        metrics=(), # functions of (pred, targ)
+        metrics=(), # functions of (pred, targ), or objects like torchmetrics'
         cbs=(), # callbacks
         compiled:bool|str=False, # run each training step as one graph (see `compile_step`; 'graph': without a compiler)? Callbacks can't look into it then
     ):
@@ -59,12 +65,15 @@ class Learner:
             for o in cbs: o.learn = None
 
     def _part(self, name, f):
-        "Run `f` between the events before and after the part `name`"
+        "Run `f` between the events before and after the part `name`; was it run whole?"
+        whole = False
         try:
             self(f'before_{name}')
             f()
+            whole = True
         except cancels[name]: self(f'after_cancel_{name}')
         self(f'after_{name}')
+        return whole
 
     def fit(self,
         n:int, # epochs in all; one that goes on from a checkpoint does those that are left
@@ -111,8 +120,7 @@ class Learner:
         self('after_loss')
         ready = {'ready': partial(self, 'grad_ready')} if self.handlers['grad_ready'] else {}
         self._part('backward', partial(self.model.backward, **ready))
-        self._part('step', self.opt.step)
-        self.opt.zero_grad()
+        if self._part('step', self.opt.step): self.opt.zero_grad()
 
     def _valid_batch(self):
         self.pred = self.model.layers(self.xb)
@@ -145,7 +153,7 @@ class Learner:
         if ax is None: ax = plt.subplots(1, 2 if names else 1, figsize=(8 if names else 4, 3), squeeze=False, layout='constrained')[1][0]
         for a,keys in zip(ax, (['train_loss','valid_loss'],names)):
             for k in keys:
-                rows = [(r['epoch']+1,r[k]) for r in self.history if r.get(k) is not None]
+                rows = [(r['epoch'],r[k]) for r in self.history if r.get(k) is not None]
                 if rows: a.plot(*zip(*rows), label=k)
             a.set_xlabel('epoch')
             a.xaxis.get_major_locator().set_params(integer=True)

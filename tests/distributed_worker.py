@@ -153,6 +153,22 @@ def different_data_and_models(folder):
     said = fails(DistributedError, make=lambda: Model([Lin(4, 3+rank(), dtype=torch.float64)], CrossEntropy()))
     assert 'process 1 has layers.0.w (4, 4) torch.float64, that of process 0 layers.0.w (4, 3)' in said, said
 
+class Count:
+    "A metric that keeps its own count; of its own rows only, unless its `sync` says otherwise."
+    def reset(self): self.n = 0
+    def update(self, pred, targ): self.n += len(targ)
+    def compute(self): return self.n
+class Synced(Count):
+    def sync(self): pass
+    def compute(self):
+        total = torch.tensor(self.n)
+        dist.all_reduce(total)
+        return total
+
+def metrics_with_a_state(folder):
+    assert "the metric Count counts this process's rows alone" in fails(DistributedError, metrics=(Count(),))
+    assert [r['Synced'] for r in learner(Distributed(), metrics=(Synced(),)).fit(2).history]==[9.,9.]
+
 def weight_in_the_batch_is_kept(folder):
     def scale(self): self.loss.g = torch.full_like(self.loss, 2.)
     assert 'multiply' in fails(DistributedError, On('before_backward', scale))

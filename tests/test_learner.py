@@ -89,6 +89,39 @@ def test_averages_count_rows():
     assert row['accuracy']==pytest.approx((pred[:7].argmax(1)==y[:7]).double().mean().item(), rel=1e-12)
     assert row['train_loss']!=pytest.approx(sum(TF.cross_entropy(*b).item() for b in zip(pred.split(8), y.split(8)))/3, rel=1e-6)
 
+def test_a_sum_is_shown_as_the_mean_over_rows():
+    "So that training and validation, of other sizes, can be compared; with a standing net it is the mean's own number."
+    by = {}
+    for how in 'mean','sum':
+        torch.manual_seed(1)
+        learn = learner(model=Model([Lin(4, 3, dtype=torch.float64)], CrossEntropy(reduction=how)), opt=partial(SGD, lr=0.)).fit(1)
+        by[how] = [learn.history[0][k] for k in ('train_loss','valid_loss')]+[learn.validate()['valid_loss']]
+    assert by['sum']==pytest.approx(by['mean'], rel=1e-12)
+
+@pytest.mark.parametrize('pred,targ', [((8,1),(8,)), ((8,),(8,)), ((8,8),(8,8)), ((8,8),(8,1)), ((8,3),(1,)), ((8,3),(7,)), ((2,8,3),(2,8)), ((8,3),())])
+def test_accuracy_refuses_other_shapes(pred, targ):
+    "One logit a row has no largest element; a target that broadcasts isn't the rows' own."
+    with pytest.raises(ValueError, match=re.escape(f'accuracy: pred has shape {pred} and targ {targ}, expected (n,C)')):
+        accuracy(torch.randn(pred), torch.zeros(targ, dtype=torch.int64))
+
+class F1:
+    "Of class 1, in the manner of torchmetrics: an F1 of all rows isn't the mean of the batches' F1s."
+    def __init__(self): self.reset()
+    def reset(self): self.hits = self.found = self.there = 0
+    def update(self, pred, targ):
+        found,there = pred.argmax(1)==1,targ==1
+        self.hits,self.found,self.there = self.hits+(found&there).sum(),self.found+found.sum(),self.there+there.sum()
+    def compute(self): return 2*self.hits/(self.found+self.there)
+
+def test_metric_with_a_state():
+    "It is computed once, over all rows; each validation begins anew; a metric that is a function stands beside it."
+    learn = learner(metrics=(F1(),accuracy)).fit(3)
+    found,there = learn.predict(x[:7]).argmax(1)==1,y[:7]==1
+    want = {'F1':2*(found&there).sum()/(found.sum()+there.sum()), 'accuracy':accuracy(learn.predict(x[:7]), y[:7])}
+    for got in learn.history[-1],learn.validate():
+        for k,v in want.items(): assert got[k]==pytest.approx(v.item())
+    assert list(learn.history[0])==['epoch','train_loss','valid_loss','F1','accuracy','time'] and isinstance(learn.history[0]['F1'], float)
+
 def test_validate_and_predict_change_nothing():
     learn = learner(model=Model([Lin(4, 6, dtype=torch.float64), Dropout(.5), Relu(), Lin(6, 3, dtype=torch.float64)], CrossEntropy()))
     learn.fit(2)
@@ -211,7 +244,21 @@ def test_cancelled_step_and_backward_leave_the_weights():
         before = deepcopy(learn.model.state_dict())
         learn.fit(2)
         assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items()) and len(learn.history)==2, e
-        assert all(p.grad is None for p in learn.model.parameters()) or e=='after_loss'
+        assert all(p.grad is None for p in learn.model.parameters()) or e!='before_backward'
+
+def test_a_cancelled_step_accumulates():
+    "The gradients of a step that was left out are part of the next one's: torch's loop that steps every third batch."
+    def skip(self):
+        if self.iter%3!=2: raise cb.CancelStepException
+    learn = learner(On('before_step', skip))
+    model,dls = torch_net(learn.model),data()
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    learn.fit(2)
+    for _ in range(2):
+        for xb,yb in dls.train: TF.cross_entropy(model(xb), yb).backward()
+        opt.step()
+        opt.zero_grad()
+    for i in (0,2): torch.testing.assert_close(learn.model.layers[i].w.detach(), model[i].weight.detach().t(), rtol=1e-10, atol=1e-12)
 
 def test_cancelled_training_sees_new_batches_each_epoch():
     "An epoch broken off has been an epoch: the next one isn't the same rows in the same order."
@@ -400,7 +447,7 @@ def test_plot_losses():
     fig = learn.plot_losses()
     lines = {l.get_label():l for a in fig.axes for l in a.lines}
     assert set(lines)=={'train_loss','valid_loss','accuracy'} and len(fig.axes)==2
-    for k,l in lines.items(): assert [*l.get_xdata()]==[1,2,3] and [*l.get_ydata()]==[r[k] for r in learn.history]
+    for k,l in lines.items(): assert [*l.get_xdata()]==[r['epoch'] for r in learn.history] and [*l.get_ydata()]==[r[k] for r in learn.history]
     assert {t.get_text() for t in fig.axes[0].get_legend().get_texts()}=={'train_loss','valid_loss'}
     assert learn.plot_losses(fig.axes) is fig
 
