@@ -52,7 +52,7 @@ def fnn_step(model, opt, how='eager'):
 
 def build_fnnlite(w, opt, device, how):
     (x,y),model = data(w, device),fnn_model(w, device)
-    return partial(fnn_step(model, make_opt(fnnlite.optim, model.parameters(), w, opt), how), x, y)
+    return partial(fnn_step(model, make_opt(fnnlite, model.parameters(), w, opt), how), x, y)
 
 
 # torch

@@ -3,18 +3,24 @@
 __version__ = "0.1.0"
 
 from importlib import import_module
-from .record import GradError, const, wants
-from .core import Module
-from .layers import Add, Concat, Dropout, Flatten, Lin, Log, LogSoftmax, Matmul, Mul, Relu, Reshape, Sigmoid, Softmax, Tanh
-from .losses import BCEWithLogits, CrossEntropy, Mse, NLL
-from .model import Model, Sequential
-from .bridge import Wrap, from_torch, to_torch
-from .optim import SGD, Adam, AdamW, RMSprop
-from .testing import check_grads, test_near
+from . import functional
+from .core.record import GradError, const, wants
+from .core.module import Module
+from .core.checks import check_grads, test_near
+from .ops.linears import Lin, Matmul
+from .ops.elementwise import Add, Log, Mul
+from .ops.activations import LogSoftmax, Relu, Sigmoid, Softmax, Tanh
+from .ops.shapes import Concat, Flatten, Reshape
+from .ops.dropouts import Dropout
+from .ops.losses import BCEWithLogits, CrossEntropy, Mse, NLL
+from .ops.wraps import Wrap
+from .nets.containers import Model, Sequential
+from .nets.bridges import from_torch, to_torch
+from .train.optimizers import SGD, Adam, AdamW, RMSprop
 
 # loaded when used
-_when_used = {'DataLoaders':'data', 'load_mnist':'data', 'Learner':'learner', 'accuracy':'learner', 'save_weights':'checkpoint', 'load_weights':'checkpoint',
-    'Distributed':'distributed', 'compile_step':'compiled'}
+_when_used = {'DataLoaders':'data.digits', 'load_mnist':'data.digits', 'Learner':'train.learners', 'accuracy':'train.learners',
+    'save_weights':'train.checkpoints', 'load_weights':'train.checkpoints', 'Distributed':'train.distributed', 'compile_step':'train.compiled'}
 
 __all__ = ['GradError', 'const', 'wants', 'Module', 'Add', 'Concat', 'Dropout', 'Flatten', 'Lin', 'Log', 'LogSoftmax', 'Matmul', 'Mul', 'Relu', 'Reshape',
     'Sigmoid', 'Softmax', 'Tanh', 'BCEWithLogits', 'CrossEntropy', 'Mse', 'NLL', 'Model', 'Sequential', 'Wrap', 'from_torch', 'to_torch', 'SGD', 'Adam', 'AdamW',

@@ -5,7 +5,7 @@
 import sys
 import numpy as np
 from pathlib import Path
-from fnnlite.data import load_mnist
+from fnnlite import load_mnist
 
 def pick(y, n, rng):
     "Indices of `n` rows, in their order, each class of `y` in proportion"

@@ -4,11 +4,11 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 import pytest, torch, torch.distributed as dist
-from fnnlite import SGD, Add, AdamW, CrossEntropy, DataLoaders, Dropout, GradError, Learner, Lin, Model, Module, Mse, Relu, Tanh, accuracy
-from fnnlite import callback as cb
-from fnnlite.callback import Callback, Checkpoint, NonFiniteError, OneCycle
-from fnnlite.distributed import Distributed, DistributedError, own_device, processes, share
-from fnnlite.record import grad
+from fnnlite import SGD, Add, AdamW, CrossEntropy, DataLoaders, Distributed, Dropout, GradError, Learner, Lin, Model, Module, Mse, Relu, Tanh, accuracy
+from fnnlite.core.record import grad
+from fnnlite.train import callbacks as cb
+from fnnlite.train.callbacks import Callback, Checkpoint, NonFiniteError, OneCycle
+from fnnlite.train.distributed import DistributedError, own_device, processes, share
 from helpers import by_autograd
 
 torch.set_num_threads(1)

@@ -1,11 +1,22 @@
 "What several test files need."
 from copy import deepcopy
+from importlib import import_module
+from pkgutil import iter_modules
 import pytest, torch
-from fnnlite.core import Module, through_forward
-from fnnlite.record import floats, grad, maptree
+from fnnlite import Module
+from fnnlite.core.module import through_forward
+from fnnlite.core.record import floats, grad, maptree
 
 
 def rand(*shape): return torch.randn(*shape, dtype=torch.float64)
+
+def rooms(package):
+    "The modules in a folder of the package."
+    return [import_module(f'{package.__name__}.{m.name}') for m in iter_modules(package.__path__)]
+
+def public(package, base):
+    "The subclasses of `base` that they export."
+    return {c for room in rooms(package) for n in room.__all__ if isinstance(c := getattr(room, n), type) and issubclass(c, base)}
 
 def by_autograd(module, *args, g=None):
     "Gradients of the floats in `args` and of the parameters by autograd, through the same forward, on copies."

@@ -2,7 +2,8 @@
 import json, math, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
-from fnnlite import SGD, Lin, Model, Mse, Relu, compile_step, functional
+from fnnlite import SGD, Lin, Model, Mse, Relu, compile_step
+from fnnlite.ops import routes
 
 root = Path(__file__).parents[1]
 sys.path.insert(0, str(root)) # the benchmarks aren't part of the package
@@ -87,8 +88,8 @@ def test_peak_memory():
 def test_compiled_products_copy_nothing(monkeypatch):
     "inductor copies what an operation reads, and keeps it, unless it is told that any layout will do."
     if not torch.backends.mkldnn.is_available(): pytest.skip('this torch has no oneDNN')
-    monkeypatch.setattr(functional, '_avx512', True) # else oneDNN's route copies weights
-    monkeypatch.setattr(functional, '_amd', 25)
+    monkeypatch.setattr(routes, '_avx512', True) # else oneDNN's route copies weights
+    monkeypatch.setattr(routes, '_amd', 25)
     model = Model([Lin(64, 256), Relu(), Lin(256, 1)], Mse())
     step,mb = compile_step(model, SGD(model.parameters())),2**20
     x,y = torch.randn(4096, 64),torch.randn(4096) # 4 MB of activations, and as much of their gradient

@@ -4,10 +4,10 @@ from copy import deepcopy
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from fnnlite import SGD, AdamW, Add, GradError, Lin, Log, Model, Module, Mse, Relu, Sequential, Wrap, from_torch, to_torch
-from fnnlite.bridge import pairs
-from fnnlite.checkpoint import load_weights, save_weights
-from fnnlite.record import const, grad, wants
+from fnnlite import SGD, AdamW, Add, GradError, Lin, Log, Model, Module, Mse
+from fnnlite import Relu, Sequential, Wrap, from_torch, to_torch, load_weights, save_weights, const, wants
+from fnnlite.core.record import grad
+from fnnlite.nets.bridges import pairs
 from helpers import assert_grads, rand
 
 

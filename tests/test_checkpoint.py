@@ -6,14 +6,10 @@ from types import SimpleNamespace
 import pytest, torch
 from torch import nn
 from safetensors.torch import load_file, save_file
-from fnnlite.callback import Callback, Checkpoint, NonFiniteError, OneCycle
-from fnnlite.checkpoint import CheckpointError, load_tensors, load_weights, put_state, save_tensors, save_weights
-from fnnlite.data import DataLoaders
-from fnnlite.layers import Dropout, Lin, Relu
-from fnnlite.learner import Learner, accuracy
-from fnnlite.losses import CrossEntropy
-from fnnlite.model import Model, Sequential
-from fnnlite.optim import SGD, AdamW, RMSprop
+from fnnlite import load_weights, save_weights, DataLoaders, Dropout, Lin, Relu, Learner
+from fnnlite import accuracy, CrossEntropy, Model, Sequential, SGD, AdamW, RMSprop
+from fnnlite.train.callbacks import Callback, Checkpoint, NonFiniteError, OneCycle
+from fnnlite.train.checkpoints import CheckpointError, load_tensors, put_state, save_tensors
 
 opts = dict(adamw=partial(AdamW, lr=.01), momentum=partial(SGD, lr=.05, momentum=.9), rmsprop=partial(RMSprop, lr=.01, momentum=.5))
 N,batches = 4,5 # epochs, and batches in each
@@ -192,7 +188,7 @@ def test_resume_where_there_is_nothing(reference, tmp_path):
 def test_torchs_optimizer_is_refused(tmp_path):
     "Before an epoch is spent: its memory could be saved and not put back."
     learn = learner(Checkpoint(tmp_path), opt=partial(torch.optim.Adam, lr=.01))
-    with pytest.raises(TypeError, match='Checkpoint: the optimizer is .*Adam.*expected one of fnnlite.optim'): learn.fit(N)
+    with pytest.raises(TypeError, match='Checkpoint: the optimizer is .*Adam.*expected one of fnnlite.train.optimizers'): learn.fit(N)
     assert not learn.history
 
 def test_batches_from_a_list(tmp_path):
@@ -250,7 +246,7 @@ def test_loss_not_finite_leaves_the_last_checkpoint(event, valid, tmp_path):
 # kill -9. The processes are forked from one that has imported torch, so that each is quick to start; they are real ones all the same.
 
 ctx = multiprocessing.get_context('forkserver')
-ctx.set_forkserver_preload(['fnnlite.learner','torch._dynamo','tqdm.auto','pytest']) # making the first optimizer imports torch._dynamo
+ctx.set_forkserver_preload(['fnnlite.train.learners','torch._dynamo','tqdm.auto','pytest']) # making the first optimizer imports torch._dynamo
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
@@ -405,6 +401,6 @@ def test_pickles_are_refused(tmp_path):
 def test_no_other_way_to_load():
     "All of the package: whoever calls torch.load or pickle says weights_only=True."
     import fnnlite
-    for f in Path(fnnlite.__file__).parent.glob('*.py'):
+    for f in Path(fnnlite.__file__).parent.rglob('*.py'):
         for line in f.read_text(encoding='utf-8').splitlines():
             assert 'import pickle' not in line and ('torch.load(' not in line or 'weights_only=True' in line), f"{f.name}: {line}"

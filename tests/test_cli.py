@@ -6,10 +6,10 @@ import pytest, torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from fnnlite import callback, cli
-from fnnlite.checkpoint import load_tensors, save_tensors
-from fnnlite.data import load_mnist
-from fnnlite.layers import Relu
+from fnnlite import commands as cli
+from fnnlite import load_mnist, Relu
+from fnnlite.train import callbacks
+from fnnlite.train.checkpoints import load_tensors, save_tensors
 
 bin = Path(sysconfig.get_path('scripts'))
 one_thread = {**os.environ, 'OMP_NUM_THREADS':'1'}
@@ -147,7 +147,7 @@ def test_truncated_data(share, run, small, tmp_path):
 def test_bad_out(out, run, small, tmp_path, monkeypatch):
     "Found out before an epoch has been computed in vain."
     (tmp_path/'file').write_text('precious')
-    monkeypatch.setattr(callback.Recorder, 'after_train', lambda self: pytest.fail('trained for nothing'))
+    monkeypatch.setattr(callbacks.Recorder, 'after_train', lambda self: pytest.fail('trained for nothing'))
     one_line(run('fnnlite_train', *small, '--out', tmp_path/out), 'fnnlite_train', out)
     assert (tmp_path/'file').read_text()=='precious'
 
@@ -176,7 +176,7 @@ driver = '''
 import runpy, signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from fnnlite.callback import OneCycle
+from fnnlite.train.callbacks import OneCycle
 orig = OneCycle.before_batch
 def before_batch(self):
     orig(self)
@@ -348,7 +348,7 @@ def test_import_is_light():
 import sys, torch
 heavy = 'matplotlib','PIL','tqdm','urllib.request'
 for m in [m for m in sys.modules if any(m==h or m.startswith(h+'.') for h in heavy)]: del sys.modules[m]
-import fnnlite, fnnlite.cli
+import fnnlite, fnnlite.commands
 print([h for h in heavy if h in sys.modules])
 '''
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)

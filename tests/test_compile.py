@@ -1,16 +1,14 @@
 "A whole training step (forward, backward, optimizer) as one graph, for every layer, loss and optimizer."
-import inspect
 import pytest, torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from fnnlite import bridge, functional, layers, losses, optim
-from fnnlite.bridge import Wrap
-from fnnlite.core import Module
-from fnnlite.layers import Add, Concat, Dropout, Flatten, Lin, Log, LogSoftmax, Matmul, Mul, Relu, Reshape, Sigmoid, Softmax, Tanh
-from fnnlite.losses import BCEWithLogits, CrossEntropy, Mse, NLL
-from fnnlite.model import Model, Sequential
-from fnnlite.optim import SGD, Adam, AdamW, RMSprop
-from fnnlite.record import const, grad
-from helpers import assert_grads, rand
+from fnnlite import ops, train as train_rooms
+from fnnlite import Wrap, Module, Add, Concat, Dropout, Flatten, Lin, Log, LogSoftmax, Matmul, Mul, Relu, Reshape
+from fnnlite import Sigmoid, Softmax, Tanh, BCEWithLogits, CrossEntropy, Mse, NLL, Model, Sequential, SGD, Adam, AdamW, RMSprop, const
+from fnnlite.core.record import grad
+from fnnlite.ops import routes
+from fnnlite.ops.losses import Loss
+from fnnlite.train.optimizers import Optimizer
+from helpers import assert_grads, public, rand
 
 def Lin64(ni, nf): return Lin(ni, nf, dtype=torch.float64)
 
@@ -38,11 +36,9 @@ opt_cases = {SGD: dict(momentum=.9, nesterov=True, weight_decay=.1), RMSprop: di
 module_cases = [*((c, make, Mse, lambda: rand(4, 4)) for c,make in layer_cases.items()), *((c, Tanh, *case) for c,case in loss_cases.items())]
 each_module = pytest.mark.parametrize('cls,layer,loss,targ', module_cases, ids=[c[0].__name__ for c in module_cases])
 
-def public(module, base): return {c for n in module.__all__ if inspect.isclass(c := getattr(module, n)) and issubclass(c, base)}
-
 def test_every_class_has_a_case():
-    assert public(layers, Module)|public(bridge, Module)==set(layer_cases) and public(losses, Module)-{losses.Loss}==set(loss_cases)
-    assert public(optim, torch.optim.Optimizer)-{optim.Optimizer}==set(opt_cases)
+    assert public(ops, Module)-{Loss}==set(layer_cases)|set(loss_cases) and public(ops, Loss)-{Loss}==set(loss_cases)
+    assert public(train_rooms, torch.optim.Optimizer)-{Optimizer}==set(opt_cases)
     for cls,make,*_ in module_cases: # and it is in its case
         if cls in layer_cases: assert any(type(m) is cls for m in make().modules())
     assert all(type(make()) is cls for cls,(make,_) in loss_cases.items())
@@ -126,8 +122,8 @@ def test_inductor(opt, loss, targ):
 def test_products_of_onednn(monkeypatch):
     "On a processor where oneDNN has the large products, the step is one graph all the same."
     if not torch.backends.mkldnn.is_available(): pytest.skip('this torch has no oneDNN')
-    monkeypatch.setattr(functional, '_amd', 25)
-    assert functional.onednn_is_faster(256, 512, 10) and functional.onednn_is_faster(512, 256, 10, by_columns=True)
+    monkeypatch.setattr(routes, '_amd', 25)
+    assert routes.onednn_is_faster(256, 512, 10) and routes.onednn_is_faster(512, 256, 10, by_columns=True)
     case = (lambda: Model([Lin(512, 10)], CrossEntropy())), sgd, [(torch.randn(256, 512),torch.randint(0, 10, (256,))) for _ in range(2)]
     ref,res = train(*case),train(*case, 'eager')
     torch.testing.assert_close(res[:2], ref[:2]) # in float32

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest, torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from fnnlite import SGD, Adam, AdamW, CrossEntropy, DataLoaders, Dropout, GradError, Learner, Lin, Model, Module, Mse, RMSprop, Relu, accuracy, compile_step
-from fnnlite import compiled
-from fnnlite.callback import Callback, Checkpoint, OneCycle
-from fnnlite.record import grad
+from fnnlite import SGD, Adam, AdamW, CrossEntropy, DataLoaders, Dropout, GradError, Learner
+from fnnlite import Lin, Model, Module, Mse, RMSprop, Relu, accuracy, compile_step
+from fnnlite.core.record import grad
+from fnnlite.train import compiled
+from fnnlite.train.callbacks import Callback, Checkpoint, OneCycle
 from helpers import rand
 
 Lin64 = partial(Lin, dtype=torch.float64)
@@ -257,7 +258,7 @@ def test_wrong_arguments():
     model = net()
     opt = SGD(model.parameters(), lr=.1)
     with pytest.raises(TypeError, match='expected a fnnlite Module'): compile_step(torch.nn.Linear(2, 2), opt)
-    with pytest.raises(TypeError, match='expected an optimizer of fnnlite.optim'): compile_step(model, torch.optim.SGD(model.parameters(), lr=.1))
+    with pytest.raises(TypeError, match='expected an optimizer of fnnlite.train.optimizers'): compile_step(model, torch.optim.SGD(model.parameters(), lr=.1))
     with pytest.raises(ValueError, match="keep has 'layers.9', expected names of modules or parameters: layers"): compile_step(model, opt, keep='layers.9')
 
 

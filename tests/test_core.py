@@ -3,11 +3,10 @@ import copy, gc, pickle, threading, weakref
 from functools import partial
 import pytest, torch
 from torch import nn
-from fnnlite.core import Module, zero_grad
-from fnnlite.layers import Add, Concat, Dropout, Flatten, Lin, Matmul, Mul, Relu, Sigmoid, Softmax, Tanh
-from fnnlite.losses import CrossEntropy, Mse
-from fnnlite.model import Model, Sequential
-from fnnlite.record import GradError, const, grad
+from fnnlite import Module, Add, Concat, Dropout, Flatten, Lin, Matmul, Mul, Relu
+from fnnlite import Sigmoid, Softmax, Tanh, CrossEntropy, Mse, Model, Sequential, GradError, const
+from fnnlite.core.module import zero_grad
+from fnnlite.core.record import grad
 from helpers import GivenBwd, Id, Table, assert_grads, by_autograd, each_fault, no_input, rand, right
 
 torch.manual_seed(0)

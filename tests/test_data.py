@@ -5,8 +5,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from PIL import Image
 
-from fnnlite import data
-from fnnlite.data import ArrayDL, DataError, DataLoaders, load_mnist, normalize, read_image
+from fnnlite import DataLoaders, load_mnist
+from fnnlite.data import digits as data
+from fnnlite.data.digits import ArrayDL, DataError, normalize, read_image
 
 rng = np.random.RandomState(0)
 XT,YT = rng.randint(0, 256, (30,28,28)).astype(np.uint8), rng.randint(0, 10, 30).astype(np.uint8)
@@ -80,10 +81,10 @@ def test_normalize(mnist):
 def test_import_is_light():
     code = """import sys, torch, numpy, fastcore.xdg, importlib.resources
 before = set(sys.modules)
-import fnnlite.data
+import fnnlite.data.digits
 print(*sorted(set(sys.modules)-before))"""
     new = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
-    assert 'fnnlite.data' in new
+    assert 'fnnlite.data.digits' in new
     assert not {'tqdm','PIL','urllib.request','matplotlib','lzma'} & set(new)
 
 # Formats

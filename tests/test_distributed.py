@@ -4,11 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest, torch
 import distributed_worker as worker
-from fnnlite import Add, Concat, Lin, Matmul, Model, Module, Mse, Relu, Sequential
-from fnnlite.checkpoint import load_tensors
-from fnnlite.data import load_mnist
-from fnnlite.distributed import share
-from fnnlite.record import const, grad
+from fnnlite import Add, Concat, Lin, Matmul, Model, Module, Mse, Relu, Sequential, load_mnist, const
+from fnnlite.core.record import grad
+from fnnlite.train.checkpoints import load_tensors
+from fnnlite.train.distributed import share
 
 here = Path(__file__).parent
 script = Path(sysconfig.get_path('scripts'))/'fnnlite_train'
@@ -124,7 +123,7 @@ def test_the_groups_threads_end_with_it():
     code = """
 import torch
 from pathlib import Path
-from fnnlite.distributed import processes
+from fnnlite.train.distributed import processes
 threads = lambda: len(list(Path('/proc/self/task').iterdir()))
 before = threads()
 with processes(torch.device('cpu')):

@@ -1,14 +1,16 @@
 "Each operation against torch's own, forward and backward, as a function and as a layer."
 import math
+from inspect import isfunction
 import pytest, torch
 import torch.nn.functional as TF
 from hypothesis import given, settings, strategies as st
-from fnnlite import functional as F, layers
+from fnnlite import functional as F, ops
 from fnnlite.functional import lin, lin_grad
-from fnnlite.layers import Add, Concat, Dropout, Flatten, Lin, Log, LogSoftmax, Matmul, Mul, Relu, Reshape, Sigmoid, Softmax, Tanh
-from fnnlite.model import Sequential
-from fnnlite.record import const, grad
-from helpers import assert_grads
+from fnnlite import Add, Concat, Dropout, Flatten, Lin, Log, LogSoftmax, Matmul, Mul, Relu, Reshape, Sigmoid, Softmax, Tanh, Module, Sequential, Wrap, const
+from fnnlite.core.record import grad
+from fnnlite.ops import inits, losses, routes
+from fnnlite.ops.linears import unbroadcast
+from helpers import assert_grads, public, rooms
 
 close = torch.testing.assert_close # shape and dtype too
 shapes = st.lists(st.integers(1, 4), min_size=0, max_size=3).map(tuple)
@@ -186,50 +188,50 @@ def test_functions_without_modules():
 @pytest.mark.parametrize('shape,to', [((2,3),()),((2,3),(3,)),((2,3),(2,1)),((4,2,3),(1,3)),((2,3),(2,3)),((2,1,3),(2,1,1))])
 def test_unbroadcast(shape, to):
     t,g = rand(*to).requires_grad_(),rand(*shape)
-    close(F.unbroadcast(g, torch.Size(to)), torch.autograd.grad(t.expand(shape), t, g)[0])
+    close(unbroadcast(g, torch.Size(to)), torch.autograd.grad(t.expand(shape), t, g)[0])
 
-routes = [ # instructions, family of AMD processors, (n,k,m), left side by columns?, is oneDNN the fastest?
+measured = [ # instructions, family of AMD processors, (n,k,m), left side by columns?, is oneDNN the fastest?
     ('AVX512',25,(512,784,512),False,True), ('AVX512',25,(784,512,512),True,False), ('AVX512',26,(784,512,512),True,True),
     ('AVX512',0,(512,784,512),False,False), ('AVX512',25,(512,784,50),False,False), ('AVX512',25,(512,784,10),False,True),
     ('AVX512',25,(784,512,10),True,True), ('AVX512',25,(64,784,10),False,False), ('AVX512',0,(784,512,10),True,False),
     ('AVX2',25,(2**15,300,100),False,True), ('AVX2',25,(784,2**14,100),True,False), ('AVX2',25,(512,784,512),False,False), ('AVX2',25,(784,512,10),True,True)]
-@pytest.mark.parametrize('capability,family,size,by_columns,onednn', routes)
+@pytest.mark.parametrize('capability,family,size,by_columns,onednn', measured)
 def test_product(monkeypatch, capability, family, size, by_columns, onednn):
     "Whichever processor this is: the route that was the fastest on that one, and as exact as `@`."
     if not torch.backends.mkldnn.is_available(): pytest.skip('this torch has no oneDNN')
-    monkeypatch.setattr(F, '_amd', family)
-    monkeypatch.setattr(F, '_avx512', capability=='AVX512')
+    monkeypatch.setattr(routes, '_amd', family)
+    monkeypatch.setattr(routes, '_avx512', capability=='AVX512')
     n,k,m = size
-    assert F.onednn_is_faster(n, k, m, by_columns)==onednn
-    calls,call = [],F._onednn
-    monkeypatch.setattr(F, '_onednn', lambda *ts: calls.append(1) or call(*ts))
+    assert routes.onednn_is_faster(n, k, m, by_columns)==onednn
+    calls,call = [],routes._onednn
+    monkeypatch.setattr(routes, '_onednn', lambda *ts: calls.append(1) or call(*ts))
     a,b,c = torch.randn(k, n).t() if by_columns else torch.randn(n, k),torch.randn(k, m),torch.randn(m)
     for bias,b in ((None,b), (c,b), (c,b.t().contiguous().t())):
         exact = a.double()@b.double()+(0 if bias is None else bias)
         plain = (a@b+(0 if bias is None else bias)-exact).abs().max()
-        res = F.product(a, b, bias)
+        res = routes.product(a, b, bias)
         assert res.is_contiguous()
         torch.testing.assert_close(res.double(), exact, rtol=0, atol=8*plain.item())
     assert len(calls)==3*onednn
-    assert F.product(a[:4].reshape(2, 2, k), b, c).shape==(2, 2, m)
+    assert routes.product(a[:4].reshape(2, 2, k), b, c).shape==(2, 2, m)
 
 @pytest.mark.filterwarnings('ignore:`torch.jit:DeprecationWarning') # torch's own
 def test_product_differentiated(monkeypatch):
     "oneDNN's operation would drop a tangent, or what requires grad, so `@` has such products."
     if not torch.backends.mkldnn.is_available(): pytest.skip('this torch has no oneDNN')
-    monkeypatch.setattr(F, '_amd', 25)
+    monkeypatch.setattr(routes, '_amd', 25)
     a,b,c,ta,tb,tc = [torch.randn(s) for s in ((256, 512), (512, 10), (10,))*2]
-    assert F.onednn_is_faster(256, 512, 10)
-    close(torch.func.jvp(F.product, (a, b, c), (ta, tb, tc))[1], ta@b+a@tb+tc, rtol=1e-4, atol=1e-3)
+    assert routes.onednn_is_faster(256, 512, 10)
+    close(torch.func.jvp(routes.product, (a, b, c), (ta, tb, tc))[1], ta@b+a@tb+tc, rtol=1e-4, atol=1e-3)
     g = torch.randn(256, 10)
     for i,(exact,back) in enumerate(((ta@b,g@b.t()), (a@tb,a.t()@g), (tc.expand(256, 10),g.sum(0)))):
         others = [t for j,t in enumerate((a, b, c)) if j!=i]
-        f = lambda t: F.product(*others[:i], t, *others[i:])
+        f = lambda t: routes.product(*others[:i], t, *others[i:])
         close(torch.func.jvp(f, ((a, b, c)[i],), ((ta, tb, tc)[i],))[1], exact, rtol=1e-4, atol=1e-3)
         t = (a, b, c)[i].clone().requires_grad_()
         close(torch.autograd.grad(f(t), t, g)[0], back, rtol=1e-4, atol=1e-3)
     batch,gs = torch.randn(2, 256, 512),torch.randn(2, 256, 10)
-    in_vmap = lambda batch: torch.func.vmap(lambda a: F.product(a, b, c))(batch) # a tensor in there doesn't say that it requires grad
+    in_vmap = lambda batch: torch.func.vmap(lambda a: routes.product(a, b, c))(batch) # a tensor in there doesn't say that it requires grad
     close(torch.func.grad(lambda batch: (in_vmap(batch)*gs).sum())(batch), gs@b.t(), rtol=1e-4, atol=1e-3)
     close(torch.func.jvp(in_vmap, (batch,), (batch,))[1], batch@b, rtol=1e-4, atol=1e-3)
 
@@ -237,23 +239,23 @@ def test_product_differentiated(monkeypatch):
 def test_product_with_a_bias_laid_out_otherwise(monkeypatch, size):
     "oneDNN reads a bias as if its numbers lay side by side."
     if not torch.backends.mkldnn.is_available(): pytest.skip('this torch has no oneDNN')
-    monkeypatch.setattr(F, '_amd', 26)
-    monkeypatch.setattr(F, '_avx512', True)
+    monkeypatch.setattr(routes, '_amd', 26)
+    monkeypatch.setattr(routes, '_avx512', True)
     a,b = torch.randn(512, 512),torch.randn(512, size)
-    for bias in (torch.ones(1).expand(size), torch.randn(2*size)[::2]): close(F.product(a, b, bias), a@b+bias, rtol=1e-4, atol=1e-3)
+    for bias in (torch.ones(1).expand(size), torch.randn(2*size)[::2]): close(routes.product(a, b, bias), a@b+bias, rtol=1e-4, atol=1e-3)
 
 @pytest.mark.parametrize('shape,bias', [((512,10),(1,10)), ((512,10),(1,)), ((512,10),(7,)), ((500,10),(10,)), ((500,10),None)])
 @pytest.mark.parametrize('by_columns', [False,True])
 def test_product_of_shapes_that_do_not_fit(monkeypatch, shape, bias, by_columns):
     "A large product says what a small one says: torch's own result or error."
-    monkeypatch.setattr(F, '_amd', 25)
+    monkeypatch.setattr(routes, '_amd', 25)
     a,b,c = torch.randn(512, 256).t() if by_columns else torch.randn(256, 512),torch.randn(shape),None if bias is None else torch.randn(bias)
     plain = lambda: a@b if c is None else torch.addmm(c, a, b)
     try: exact = plain()
     except RuntimeError as e:
-        with pytest.raises(RuntimeError) as ours: F.product(a, b, c)
+        with pytest.raises(RuntimeError) as ours: routes.product(a, b, c)
         assert str(ours.value)==str(e)
-    else: close(F.product(a, b, c), exact, rtol=1e-4, atol=1e-3)
+    else: close(routes.product(a, b, c), exact, rtol=1e-4, atol=1e-3)
 
 @pytest.mark.parametrize('info,family', [('processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n',25),
     ('processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\n',0), ('processor\t: 0\nBogoMIPS\t: 50.00\n',0)])
@@ -261,11 +263,13 @@ def test_amd_family(tmp_path, info, family):
     "As Linux describes the processor."
     if not torch.backends.mkldnn.is_available(): pytest.skip('this torch has no oneDNN')
     (tmp_path/'cpuinfo').write_text(info)
-    assert F.amd_family(tmp_path/'cpuinfo')==family
-    assert F.amd_family(tmp_path/'none')==0
+    assert routes.amd_family(tmp_path/'cpuinfo')==family
+    assert routes.amd_family(tmp_path/'none')==0
 
 def test_every_function_has_its_gradient():
-    names = set(F.__all__)-{'unbroadcast','rows','product','onednn_is_faster','amd_family','onednn_product','onednn_fits'}
+    "And `functional` gathers them all."
+    names = {n for room in rooms(ops) if room not in (routes, inits, losses) for n in room.__all__ if isfunction(getattr(room, n))}-{'unbroadcast','rows'}
+    assert names=={n for n in vars(F) if not n.startswith('_')}
     assert {n for n in names if not n.endswith('_grad')}=={n[:-5] for n in names if n.endswith('_grad')}
 
 
@@ -291,7 +295,7 @@ def test_extreme_values(layer, op, dtype):
 layer_inps = {Lin: (lambda: Lin(4, 3, dtype=torch.float64), [(2,4)]), Matmul: (Matmul, [(2,4),(4,3)]), Add: (Add, [(2,4),(4,)]),
     Mul: (Mul, [(2,4),(4,)]), Concat: (Concat, [(2,4),(2,3)]), Reshape: (lambda: Reshape(-1), [(2,4)])}
 
-@pytest.mark.parametrize('cls', [getattr(layers, n) for n in layers.__all__ if n!='check_inp'], ids=lambda c: c.__name__)
+@pytest.mark.parametrize('cls', sorted(public(ops, Module)-public(ops, losses.Loss)-{Wrap}, key=lambda c: c.__name__), ids=lambda c: c.__name__)
 def test_const_inputs_get_no_g(cls):
     "Each layer, each input a constant in turn: no .g there, the others' as before; all constant: none in its output either."
     make,inps = layer_inps.get(cls, (cls, [(2,4)]))

@@ -2,9 +2,9 @@
 import math
 import pytest, torch
 from torch.nn import init as torch_init
-from fnnlite import init
-from fnnlite.init import kaiming_normal, kaiming_uniform, xavier_normal, xavier_uniform
-from fnnlite.layers import Lin
+from fnnlite import Lin
+from fnnlite.ops import inits as room
+from fnnlite.ops.inits import kaiming_normal, kaiming_uniform, xavier_normal, xavier_uniform
 
 inits = [kaiming_normal, kaiming_uniform, xavier_normal, xavier_uniform]
 each = pytest.mark.parametrize('f', inits, ids=lambda f: f.__name__)
@@ -88,7 +88,7 @@ def test_seed(f):
 def test_errors(f, args, msg):
     with pytest.raises(ValueError, match=msg): f(*args)
 
-def test_every_initialiser_is_here(): assert set(init.__all__)=={f.__name__ for f in inits}
+def test_every_initialiser_is_here(): assert set(room.__all__)=={f.__name__ for f in inits}
 
 def test_lin_uses_it():
     torch.manual_seed(1)

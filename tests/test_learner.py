@@ -6,15 +6,10 @@ from functools import partial, partialmethod
 from types import SimpleNamespace
 import pytest, torch
 import torch.nn.functional as TF
-from fnnlite import callback as cb
-from fnnlite.callback import Callback, NonFiniteError, OneCycle, events
-from fnnlite.data import DataLoaders
-from fnnlite.layers import Dropout, Lin, Relu, Tanh
-from fnnlite.learner import Learner, accuracy
-from fnnlite.losses import CrossEntropy, Mse
-from fnnlite.model import Model, Sequential
-from fnnlite.optim import SGD, Adam, AdamW
-from fnnlite.record import grad
+from fnnlite import DataLoaders, Dropout, Lin, Relu, Tanh, Learner, accuracy, CrossEntropy, Mse, Model, Sequential, SGD, Adam, AdamW
+from fnnlite.core.record import grad
+from fnnlite.train import callbacks as cb
+from fnnlite.train.callbacks import Callback, NonFiniteError, OneCycle, events
 
 torch.manual_seed(0)
 x,y = torch.randn(21, 4, dtype=torch.float64),torch.randint(3, (21,))

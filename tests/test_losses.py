@@ -2,11 +2,9 @@
 import pytest, torch
 import torch.nn.functional as TF
 from hypothesis import given, settings, strategies as st
-from fnnlite.core import Module
-from fnnlite.layers import Lin, Softmax
-from fnnlite.losses import BCEWithLogits, CrossEntropy, Mse, NLL, check_classes, check_range, one_hot
-from fnnlite.model import Model
-from fnnlite.record import const, grad
+from fnnlite import Module, Lin, Softmax, BCEWithLogits, CrossEntropy, Mse, NLL, Model, const
+from fnnlite.core.record import grad
+from fnnlite.ops.losses import check_classes, check_range, one_hot
 from helpers import assert_grads
 
 close = torch.testing.assert_close

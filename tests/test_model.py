@@ -3,11 +3,9 @@ import re
 from collections import OrderedDict
 import pytest, torch
 from torch import nn
-from fnnlite.core import Module
-from fnnlite.layers import Add, Dropout, Flatten, Lin, Matmul, Relu, Tanh
-from fnnlite.losses import CrossEntropy, Mse
-from fnnlite.model import Model, Sequential, evaluating, summary
-from fnnlite.record import const, grad
+from fnnlite import Module, Add, Dropout, Flatten, Lin, Matmul, Relu, Tanh, CrossEntropy, Mse, Model, Sequential, const
+from fnnlite.core.record import grad
+from fnnlite.nets.seeing import evaluating, summary
 from helpers import assert_grads, rand
 
 close = torch.testing.assert_close

@@ -4,12 +4,9 @@ import pytest, torch
 import torch.nn.functional as TF
 from torch import nn
 from torch.optim import lr_scheduler
-from fnnlite import optim
-from fnnlite.layers import Lin, Relu
-from fnnlite.losses import CrossEntropy, Mse
-from fnnlite.model import Model
-from fnnlite.optim import SGD, Adam, AdamW, RMSprop
-from fnnlite.record import grad
+from fnnlite import Lin, Relu, CrossEntropy, Mse, Model, SGD, Adam, AdamW, RMSprop
+from fnnlite.core.record import grad
+from fnnlite.train import optimizers as optim
 
 opts = [(SGD, {}), (SGD, dict(momentum=.9)), (SGD, dict(momentum=.9, weight_decay=.1)),
     (SGD, dict(momentum=.8, nesterov=True, weight_decay=.01)), (SGD, dict(weight_decay=.1)),

@@ -3,7 +3,7 @@ import math, random
 import numpy as np, pytest, torch
 from torch import nn
 from fnnlite import NLL, SGD, Adam, Lin, Log, Model, Module, Mse, Relu, Sequential, Softmax, Wrap, const, load_mnist
-from fnnlite.data import normalize
+from fnnlite.data.digits import normalize
 
 steps = 50
 each_dtype = pytest.mark.parametrize('dtype', [torch.float64,torch.float32], ids=['float64','float32'])

@@ -2,12 +2,9 @@
 import copy
 import numpy as np, pytest, torch
 from fnnlite import functional as F
-from fnnlite.core import Module
-from fnnlite.layers import Add, Concat, Dropout, Lin, Log, Matmul, Mul, Relu, Softmax, Tanh
-from fnnlite.losses import BCEWithLogits, CrossEntropy, Mse
-from fnnlite.model import Model, Sequential
-from fnnlite.record import const, grad
-from fnnlite.testing import check_grads, test_near
+from fnnlite import Module, Add, Concat, Dropout, Lin, Log, Matmul, Mul, Relu
+from fnnlite import Softmax, Tanh, BCEWithLogits, CrossEntropy, Mse, Model, Sequential, const, check_grads, test_near
+from fnnlite.core.record import grad
 
 R = torch.randn
 
