@@ -7,6 +7,8 @@ from . import functional
 from .core.record import GradError, const, wants
 from .core.module import Module
 from .core.checks import check_grads, test_near
+from .core.calls import recorded, recording
+from .core.rules import gradient_of
 from .ops.linears import Lin, Matmul
 from .ops.elementwise import Add, Log, Mul
 from .ops.activations import LogSoftmax, Relu, Sigmoid, Softmax, Tanh
@@ -14,6 +16,7 @@ from .ops.shapes import Concat, Flatten, Reshape
 from .ops.dropouts import Dropout
 from .ops.losses import BCEWithLogits, CrossEntropy, Mse, NLL
 from .ops.wraps import Wrap
+from .ops import attentions, embeddings, indexing, normalisations, reductions, torch_losses # the rest of the rules
 from .nets.containers import Model, Sequential
 from .nets.bridges import from_torch, to_torch
 from .train.optimizers import SGD, Adam, AdamW, RMSprop
@@ -24,7 +27,7 @@ _when_used = {'DataLoaders':'data.digits', 'load_mnist':'data.digits', 'Learner'
 
 __all__ = ['GradError', 'const', 'wants', 'Module', 'Add', 'Concat', 'Dropout', 'Flatten', 'Lin', 'Log', 'LogSoftmax', 'Matmul', 'Mul', 'Relu', 'Reshape',
     'Sigmoid', 'Softmax', 'Tanh', 'BCEWithLogits', 'CrossEntropy', 'Mse', 'NLL', 'Model', 'Sequential', 'Wrap', 'from_torch', 'to_torch', 'SGD', 'Adam', 'AdamW',
-    'RMSprop', 'check_grads', 'test_near', *_when_used]
+    'RMSprop', 'check_grads', 'test_near', 'gradient_of', 'recorded', 'recording', *_when_used]
 
 def __getattr__(name):
     if name not in _when_used: raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

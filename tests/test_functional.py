@@ -1,6 +1,6 @@
 "Each operation against torch's own, forward and backward, as a function and as a layer."
 import math
-from inspect import isfunction
+from inspect import isclass
 import pytest, torch
 import torch.nn.functional as TF
 from hypothesis import given, settings, strategies as st
@@ -8,8 +8,8 @@ from fnnlite import functional as F, ops
 from fnnlite.functional import lin, lin_grad
 from fnnlite import Add, Concat, Dropout, Flatten, Lin, Log, LogSoftmax, Matmul, Mul, Relu, Reshape, Sigmoid, Softmax, Tanh, Module, Sequential, Wrap, const
 from fnnlite.core.record import grad
-from fnnlite.ops import inits, losses, routes
-from fnnlite.ops.linears import unbroadcast
+from fnnlite.ops import losses, routes, wraps
+from fnnlite.core.rules import unbroadcast
 from helpers import assert_grads, public, rooms
 
 close = torch.testing.assert_close # shape and dtype too
@@ -267,10 +267,12 @@ def test_amd_family(tmp_path, info, family):
     assert routes.amd_family(tmp_path/'none')==0
 
 def test_every_function_has_its_gradient():
-    "And `functional` gathers them all."
-    names = {n for room in rooms(ops) if room not in (routes, inits, losses) for n in room.__all__ if isfunction(getattr(room, n))}-{'unbroadcast','rows'}
-    assert names=={n for n in vars(F) if not n.startswith('_')}
+    "`functional` gathers the pairs: of every layer, and each complete."
+    names = {n for n in vars(F) if not n.startswith('_')}
     assert {n for n in names if not n.endswith('_grad')}=={n[:-5] for n in names if n.endswith('_grad')}
+    layers = {c.__name__.lower() for room in rooms(ops) if room not in (losses, wraps) for c in map(room.__dict__.get, room.__all__)
+              if isclass(c) and issubclass(c, Module)}
+    assert layers-{'flatten'}=={n.replace('_', '') for n in names if not n.endswith('_grad')}
 
 
 # Extreme values

@@ -115,7 +115,7 @@ class Learner:
             self.loss = self.step(self.xb, self.yb)
             return self('after_loss')
         self.loss = self.model(const(self.xb), const(self.yb))
-        self.pred = self.model.layers.out
+        self.pred = getattr(self.model.layers, 'out', None) # torch's modules don't keep it
         self('after_pred')
         self('after_loss')
         ready = {'ready': partial(self, 'grad_ready')} if self.handlers['grad_ready'] else {}

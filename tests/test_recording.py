@@ -1,0 +1,616 @@
+"The record of torch's functions: gradients as autograd's, and an error where they would be wrong or lost."
+import copy, gc, pickle, threading, warnings, weakref
+import numpy as np
+import pytest, torch, torch.nn.functional as F
+from torch import nn, Tensor
+from fnnlite import GradError, Model, Module, const
+from fnnlite.core.boundary import recorded_call
+from fnnlite.core.calls import recorded, recording
+from fnnlite.core.rules import by_name, gradient_of, kernels, rules
+
+def rand(*shape): return torch.randn(*shape, dtype=torch.float64)
+
+@pytest.fixture(autouse=True)
+def seed(): torch.manual_seed(0)
+
+@pytest.fixture
+def registry():
+    "Rules that a test registers are gone afterwards."
+    before,named = dict(rules),set(by_name)
+    yield
+    rules.clear(), rules.update(before), by_name.clear(), by_name.update(named)
+
+class Net(nn.Module):
+    "Two linear layers, a buffer, and what a test makes of them"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Linear(5, 5, dtype=torch.float64),nn.Linear(5, 5, dtype=torch.float64)
+        self.register_buffer('buf', rand(5))
+
+def by_autograd(f, net, ts, up=None):
+    "The output of `f(net, *ts)`, the upstream gradient, and the gradients of inputs and parameters"
+    net,ts = copy.deepcopy(net),[t.detach().clone().requires_grad_() for t in ts]
+    torch.manual_seed(1)
+    out = f(net, *ts)
+    up = torch.randn_like(out) if up is None else up
+    return out.detach(),up,torch.autograd.grad(out, [*ts, *net.parameters()], up, materialize_grads=True, allow_unused=True)
+
+def close(got, want, names):
+    for name,a,b in zip(names, got, want, strict=True):
+        torch.testing.assert_close(torch.zeros_like(b) if a is None else a, b, rtol=1e-9, atol=1e-11, msg=lambda m: f'{name}: {m}')
+
+def same(f, *ts, **kw):
+    "`f(net, *ts)` recorded, and as one node of autograd's: all gradients are autograd's, the output is to the last bit."
+    net = Net()
+    names = [*(f'input {i}' for i in range(len(ts))), *(n for n,_ in net.named_parameters())]
+    want,up,grads = by_autograd(f, net, ts)
+    one = copy.deepcopy(net)
+    mine = [t.clone() for t in ts]
+    torch.manual_seed(1)
+    with recording(**kw) as rec: out = f(one, *mine)
+    assert torch.equal(out, want)
+    rec.backward(out, up)
+    close([*(t.g for t in mine), *(p.grad for p in one.parameters())], grads, names)
+    two,mine = copy.deepcopy(net),[t.clone() for t in ts]
+    wrapped = type('Wrapped', (nn.Module,), {'forward': lambda self, *ts: f(self.net, *ts)})()
+    wrapped.net = two
+    torch.manual_seed(1)
+    out,*_ = recorded_call(wrapped, *mine)
+    assert torch.equal(out, want)
+    (out*up).sum().backward()
+    close([*(t.g for t in mine), *(p.grad for p in two.parameters())], grads, names)
+    return rec
+
+def refused(f, *ts, match, kinds=('plain','node')):
+    "In both ways, with an error that says what is wrong; no gradient is left."
+    for kind in kinds:
+        net,mine = Net(),[t.clone() for t in ts]
+        with pytest.raises((GradError,RuntimeError), match=match):
+            if kind=='plain':
+                with recording() as rec: out = f(net, *mine)
+                rec.backward(out, torch.ones_like(out))
+            else:
+                wrapped = type('Wrapped', (nn.Module,), {'forward': lambda self, *ts: f(self.net, *ts)})()
+                wrapped.net = net
+                out,*_ = recorded_call(wrapped, *mine)
+                out.sum().backward()
+        assert all(p.grad is None for p in net.parameters()) and all(t.__dict__.get('g') is None for t in mine)
+
+
+# Programs that are right
+
+def loop(n, x):
+    out,h = torch.zeros(3, 4, 5, dtype=x.dtype),x
+    for i in range(3):
+        h = n.a(h).tanh()
+        out[i] = h
+    return out
+def loop_that_reads(n, x):
+    out,h = torch.zeros(4, 3, 5, dtype=x.dtype),x
+    for i in range(3):
+        h = n.a(h).tanh()
+        out[:,i] = h
+        h = h+out.sum(1)
+    return out
+def callee(n, x):
+    def f(y, x): y += x
+    y = n.a(x)
+    f(y, x)
+    return y*y
+def residual(n, x):
+    h = F.relu(n.a(x), inplace=True)
+    h = n.b(h)
+    h += x
+    return nn.functional.relu_(h)
+def statement(n, x):
+    s = n.a(x)
+    s.masked_fill_(x>0, -9.)
+    return s.softmax(-1)
+def cache(n, x):
+    c = torch.zeros(6, 5, dtype=x.dtype)
+    c.index_copy_(0, torch.tensor([0,2,3,5]), n.a(x))
+    return c**2
+def no_grad(n, x):
+    h = n.a(x)
+    with torch.no_grad(): scale = h.abs().max()+h
+    return h/scale
+def detached(n, x):
+    h = n.a(x)
+    return h*h.detach()+h.data
+def branch(n, x): return n.a(x) if n.b(x).sum()>0 else n.b(n.a(x))
+def buffer_read(n, x): return n.a(x)*n.buf
+def running(n, x):
+    h = n.a(x)
+    with torch.no_grad(): n.buf.mul_(.9).add_(h.mean(0), alpha=.1)
+    return h-h.mean(0)
+def chunks(n, x):
+    a,b = n.a(x).chunk(2, 0)
+    values,where = (a+b).max(-1)
+    return values*b[:,0]
+def read(n, x): return n.a(x)*float(x.detach().sum())*x.shape[0]
+def checkpointed(n, x): return torch.utils.checkpoint.checkpoint(n.a, x, use_reentrant=False)**2
+def tied(n, x): return F.linear(n.a(x), n.a.weight)+n.a(x)@n.a.weight.mT
+def twice(n, x):
+    h = n.a(x)
+    return torch.cat([h*h, h@h.mT@h, h+h], 1)
+def unused(n, x):
+    n.b(x)
+    a,b = n.a(x).split([2, 3], 1)
+    return b
+def handed_on(n, x): return F.dropout(n.a(x), 0.).contiguous().to(x.dtype)*1
+def random(n, x): return F.dropout(n.a(x), .3)*torch.rand_like(x)
+def operators(n, x): return 2-n.a(x)**2/3+(1/(x.abs()+1))*-x+(2**x)+abs(x)
+def scatter(n, x):
+    i = torch.tensor([[0,1,0,1,2]]*4)
+    return n.a(x).gather(1, i)+torch.zeros_like(x).scatter_add(1, i, n.b(x))
+def views(n, x): return n.a(x).view(2, 2, 5).transpose(0, 1).flatten(1)[:,2:].unsqueeze(0).expand(3, -1, -1).mT
+def in_place_row(n, x):
+    h = n.a(x)
+    h[1:3] = 0
+    h[0] = h[3]*2
+    return h.exp()
+def view_of(n, x):
+    h = n.a(x)
+    v = h[0]
+    h += 1
+    return v*h
+def through_a_view(n, x):
+    h = n.a(x)
+    h.view(-1).mul_(2)
+    return h*1
+def rows_added(n, x):
+    h = x.new_zeros(x.shape)
+    for i in range(3): h[i] += n.a(x)[i]*x[i+1]
+    h.T[0] -= x[:,0].exp()
+    return h*h
+def siblings(n, x):
+    "Two views of what a third one changes, one of them twice removed."
+    h = n.a(x)
+    a,b = h[:2],h.view(-1)[3:12]
+    h.transpose(0, 1).mul_(x.T)
+    return a.sum()*b+h.flatten()[:9]
+def chain_of_views(n, x):
+    h = n.a(x)
+    v = h.view(2, 2, 5)[0].T
+    v[1:3] = v[0]*2
+    h.diagonal().add_(x[0,0])
+    h.add_(h)
+    h[0].mul_(x[0])
+    return h
+programs = [loop, loop_that_reads, callee, residual, statement, cache, no_grad, detached, branch, buffer_read, running, chunks, read,
+    checkpointed, tied, twice, unused, handed_on, random, operators, scatter, views, in_place_row, view_of, through_a_view, rows_added, siblings, chain_of_views]
+
+@pytest.mark.parametrize('f', programs, ids=lambda f: f.__name__)
+def test_right(f): same(f, rand(4, 5))
+
+def test_right_without_the_watch(): same(residual, rand(4, 5), audit=False)
+
+@pytest.mark.parametrize('f', programs, ids=lambda f: f.__name__)
+def test_by_formulas_alone(f, monkeypatch):
+    monkeypatch.setattr(kernels, 'on', False)
+    same(f, rand(4, 5))
+
+
+# Programs whose gradient would be wrong or lost
+
+class Ste(torch.autograd.Function):
+    "The sign, with the gradient of the identity"
+    @staticmethod
+    def forward(ctx, x): return x.sign()*1.
+    @staticmethod
+    def backward(ctx, g): return g
+def function(n, x): return Ste.apply(n.a(x))*x
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore") # it is deprecated, and people have it
+    traced = torch.jit.trace(lambda t: t.sin(), torch.zeros(4, 5, dtype=torch.float64))
+def jit(n, x): return traced(n.a(x))*x
+def vmap(n, x): return torch.func.vmap(lambda t: t.sin())(n.a(x))*x
+def numpy(n, x): return torch.from_numpy(np.sin(n.a(x).numpy()))*x
+def data(n, x):
+    h = n.a(x)
+    h.data.mul_(2)
+    return h**2
+def read_later(n, x):
+    h = n.a(x)
+    u = h*h
+    h += 1
+    return u+h
+def output_read_later(n, x):
+    h = n.a(x).tanh()
+    h += 1
+    return h*2
+def index_changed(n, x):
+    i = torch.tensor([0,1,2,3])
+    h = n.a(x)[i]
+    i[0] = 3
+    return h
+def input_in_place(n, x):
+    x.mul_(2)
+    return n.a(x)
+def parameter_in_place(n, x):
+    h = n.a(x)
+    with torch.no_grad(): n.a.weight.mul_(2)
+    return h*1
+def into_a_buffer(n, x):
+    n.buf.copy_(n.a(x)[0])
+    return n.b(x)*n.buf
+def copied(n, x): return copy.copy(n.a(x))*x
+def thread(n, x):
+    res = []
+    t = threading.Thread(target=lambda: res.append(n.a(x)))
+    t.start(), t.join()
+    return res[0]*x
+def no_rule(n, x): return torch.special.airy_ai(n.a(x).abs())
+def complex_numbers(n, x): return torch.fft.fft(n.a(x)).abs()
+def inference(n, x):
+    with torch.inference_mode(): h = n.a(x)*2
+    return h*n.a(x)
+def foreach(n, x):
+    h = n.a(x)
+    return torch._foreach_mul([h], 2.)[0]*1
+
+@pytest.mark.parametrize('f,match', [(function, 'autograd.Function'), (jit, 'unseen|outside|TorchScript'), (vmap, 'torch.func'), (numpy, 'numpy takes numbers out'),
+    (data, 'changed in place'), (read_later, "Tensor.mul: '(inp|other)'.*changed in place"),
+    (output_read_later, "Tensor.tanh: 'out'.*changed in place"), (index_changed, "'index'.*changed in place"), (input_in_place, 'changes a tensor of shape'),
+    (parameter_in_place, 'in place'), (into_a_buffer, 'outside the record'), (no_rule, r'airy_ai has no gradient rule'),
+    (complex_numbers, 'no gradient rule|complex'), (foreach, 'foreach_mul has no gradient rule')], ids=lambda o: getattr(o, '__name__', ''))
+def test_refused(f, match): refused(f, rand(4, 5), match=match)
+
+@pytest.mark.parametrize('f', [copied, thread, inference], ids=lambda o: o.__name__)
+def test_refused_where_inputs_are_declared(f): refused(f, rand(4, 5), match='outside the record|inference_mode|changed in place|takes numbers out', kinds=('node',))
+
+def test_declared_inputs():
+    x,y = rand(4, 5),rand(4, 5)
+    with recording(x), pytest.raises(GradError, match=r'from outside the record: make it an input'): x*y
+    with recording(x) as rec: out = x*const(y)
+    rec.backward(out, torch.ones_like(out))
+    assert torch.equal(x.g, y) and y.__dict__.get('g') is None
+
+def test_two_records():
+    x = rand(3)
+    with recording() as one: h = x*2
+    with recording(), pytest.raises(GradError, match='another recording'): h*2
+    with recording(), pytest.raises(GradError, match=r'recording\(\) inside'):
+        with recording(): pass
+    with recording() as two: out = h.detach()*x
+    two.backward(out, torch.ones(3, dtype=x.dtype))
+    assert torch.equal(x.g, 2*x)
+
+def test_errors_name_the_module():
+    net = nn.Sequential(nn.Linear(5, 5), nn.Sequential(nn.Tanh(), type('Odd', (nn.Module,), {'forward': lambda self, x: torch.special.airy_ai(x)})()))
+    with recording(), pytest.raises(GradError, match=r"^Odd \(1\.1\): special.airy_ai has no gradient rule: register one with gradient_of, or Wrap"): net(torch.randn(2, 5))
+    with recording() as rec: pass
+    x = torch.randn(3)
+    with pytest.raises(GradError, match='is no output of a recorded call'): rec.backward(x)
+    with rec: y = x*2
+    with pytest.raises(GradError, match=r'isn\'t a single number'): rec.backward(y)
+    with pytest.raises(GradError, match=r'got a gradient of \(2,\) torch.float32, expected \(3,\)'): rec.backward(y, torch.ones(2))
+
+
+# Rules of one's own
+
+@pytest.mark.parametrize('rule,match', [(lambda out, inp, dim: None, 'assigned no .g'), (lambda out, inp, dim: setattr(inp, 'g', 1.), 'type float'),
+    (lambda out, inp, dim: setattr(inp, 'g', out.g[0]), r'\(5,\)'), (lambda out, inp, dim: setattr(inp, 'g', out.g.float()), 'float32'),
+    (lambda out, inp, dim: setattr(inp, 'g', out.g.mul_(2)), 'changed out.g in place')])
+def test_faulty_rules(registry, rule, match):
+    gradient_of(torch.cumsum)(rule)
+    x = rand(4, 5)
+    with recording() as rec: out = x.cumsum(0)
+    with pytest.raises(GradError, match=match): rec.backward(out, torch.ones_like(out))
+    assert x.__dict__.get('g') is None
+
+def test_not_exact(registry):
+    gradient_of(torch.cumsum, exact=False)(lambda out, inp, dim: None)
+    x = rand(4)
+    with recording() as rec: out = (x.cumsum(0)*x).sum()
+    rec.backward(out)
+    assert torch.equal(x.g, x.cumsum(0))
+
+def test_recorded_function(registry):
+    "A call by its own name, with its own rule; without a rule, an error; outside of a record, a plain function."
+    @recorded
+    def double(inp): return inp*2
+    x = rand(3)
+    assert torch.equal(double(x), 2*x)
+    with recording(), pytest.raises(GradError, match='double has no gradient rule'): double(x)
+    @gradient_of(double, saves='')
+    def double_grad(out, inp): inp.g = 5*out.g
+    with recording() as rec: out = double(double(x)).sum()
+    rec.backward(out)
+    assert (x.g==25).all() and [c.name.split('.')[-1] for c in rec.calls()]==['double','double','Tensor.sum'.split('.')[-1]]
+
+
+# What a record shows
+
+def test_calls():
+    net = nn.Sequential(nn.Linear(5, 4), nn.ReLU())
+    x = torch.randn(2, 5)
+    with recording() as rec: out = net(x).sum()
+    rec.backward(out)
+    a,b,c = rec.calls()
+    assert [o.name for o in rec.calls()]==['F.linear','F.relu','Tensor.sum'] and [o.path for o in rec.calls()]==['Linear (0)','ReLU (1)','']
+    assert a.args[0] is x and a.params[0] is net[0].weight and b.args[0] is a.out and c.out is out
+    torch.testing.assert_close(a.out.g, (a.out>0).float())
+    torch.testing.assert_close(x.g, a.out.g@net[0].weight)
+
+def test_before_and_after():
+    "The gradient of a call's output may be replaced before its rule, its share of an input's after it."
+    x,seen = rand(4),[]
+    def before(call):
+        seen.append((call.name, call.out.g.clone()))
+        if call.name=='Tensor.exp': call.out.g = call.out.g*3
+    def after(call):
+        if call.name=='Tensor.sin': call.args[0].g = torch.zeros(4, dtype=torch.float64)
+    with recording() as rec: out = (x.exp()+x.sin()).sum()
+    rec.backward(out, before=before, after=after)
+    torch.testing.assert_close(x.g, 3*x.exp())
+    assert [n for n,_ in seen]==['Tensor.sum','Tensor.add','Tensor.sin','Tensor.exp']
+
+def test_parameters_accumulate_and_others_start_afresh():
+    net,x = nn.Linear(5, 1),torch.randn(3, 5)
+    for times in (1,2):
+        with recording() as rec: out = net(x).sum()
+        rec.backward(out)
+        torch.testing.assert_close(net.weight.grad, times*x.sum(0, keepdim=True))
+        torch.testing.assert_close(x.g, net.weight.expand(3, 5))
+    assert net.weight.g is net.weight.grad
+
+def test_frozen_parameters_and_constants():
+    net,x = nn.Linear(5, 5),torch.randn(3, 5)
+    net.weight.requires_grad_(False)
+    with recording() as rec: out = net(const(x)).sum()
+    rec.backward(out)
+    assert net.weight.grad is None and net.bias.grad is not None and x.__dict__.get('g') is None
+    net.bias.requires_grad_(False)
+    with recording() as rec: out = net(const(x)).sum()
+    assert not rec.calls()
+
+def test_several_outputs_to_start_from():
+    x = rand(4)
+    with recording() as rec: a,b = x.sin(),x.exp()
+    rec.backward([a, b], [torch.ones_like(a), 2*torch.ones_like(b)])
+    torch.testing.assert_close(x.g, x.cos()+2*x.exp())
+
+def test_nothing_is_left():
+    "No cycles: a record and what it holds go with the last reference; marks hold nothing; hooks and modes are gone."
+    from torch.nn.modules import module as M
+    gc.disable()
+    try:
+        net = nn.Sequential(nn.Linear(5, 5), nn.Tanh())
+        with recording() as rec: out = net(torch.randn(3, 5)).sum()
+        rec.backward(out)
+        held = weakref.ref(rec.calls()[0].out)
+        loss,rec2,_ = recorded_call(nn.Sequential(net, nn.Flatten(0)), torch.randn(3, 5))
+        inside = weakref.ref(rec2.calls()[0].out)
+        loss.sum().backward()
+        del rec, rec2, loss
+        assert held() is None and inside() is None
+    finally: gc.enable()
+    assert len(pickle.dumps(out))<2000 and not M._global_forward_pre_hooks and not M._global_forward_hooks
+    assert torch.backends.mha.get_fastpath_enabled() and torch.overrides._len_torch_function_stack()==0
+
+def test_an_error_leaves_nothing_behind():
+    from torch.nn.modules import module as M
+    with pytest.raises(ZeroDivisionError), recording(): nn.Tanh()(torch.ones(1)), 1/0
+    with pytest.raises(ZeroDivisionError), recording():
+        with torch.no_grad(): 1/0
+    assert torch.is_grad_enabled() and not M._global_forward_pre_hooks and torch.overrides._len_torch_function_stack()==0
+    x = torch.ones(1)
+    with recording() as rec: out = (x*2).sum()
+    rec.backward(out)
+
+def test_deep():
+    "Ten thousand calls, without recursion."
+    x = rand(3)
+    with recording(audit=False) as rec:
+        h = x
+        for _ in range(10_000): h = h*1.0001
+    rec.backward(h, torch.ones_like(h))
+    torch.testing.assert_close(x.g, torch.full_like(x, 1.0001**10_000))
+
+def test_threads_record_apart():
+    errors = []
+    def run(seed):
+        try:
+            for _ in range(20):
+                x = torch.full((3,), float(seed), dtype=torch.float64)
+                with recording() as rec: out = (x**3).sum()
+                rec.backward(out)
+                assert torch.equal(x.g, 3*x**2)
+        except BaseException as e: errors.append(e)
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(3)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert not errors
+
+def test_autocast():
+    "As autograd's, to the last bit where torch computes in half precision."
+    net,x = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)),torch.randn(6, 5)
+    targ = torch.tensor([0,1,2,0,1,2])
+    def loss(net, x):
+        with torch.autocast('cpu', torch.bfloat16): return F.cross_entropy(net(x), targ)
+    ref = copy.deepcopy(net)
+    loss(ref, x).backward()
+    with recording() as rec: out = loss(net, x)
+    rec.backward(out)
+    for p,q in zip(net.parameters(), ref.parameters()): torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-8)
+
+
+# The boundary
+
+def test_what_autograd_does_around_it():
+    "Scaled losses, a penalty, siamese nets, two heads with operations between, accumulation, a net in somebody's net."
+    mk = lambda i,o: nn.Sequential(nn.Linear(i, 8, dtype=torch.float64), nn.Tanh(), nn.Linear(8, o, dtype=torch.float64))
+    x,z,y = rand(5, 3),rand(5, 3),rand(5, 2)
+    mse = lambda a: ((a-y)**2).mean()
+    cases = {'penalty': (lambda m: (mse(m(x))/4+.1*sum((p**2).sum() for p in m.ps())).backward(), [mk(3, 2)]),
+        'between': (lambda a,b: mse(b(torch.relu(a(x)*2))).backward(), [mk(3, 2),mk(2, 2)]),
+        'accumulated': (lambda m: [mse(m(o)).div(2).backward() for o in (x,z)], [mk(3, 2)]),
+        'siamese': (lambda m: ((m(x)-m(z))**2).mean().backward(), [mk(3, 2)]),
+        'two losses': (lambda m: (lambda h: (mse(h).backward(retain_graph=True), (h**2).sum().backward()))(m(x)), [mk(3, 2)]),
+        'two heads': (lambda m,a,b: (lambda h: (mse(a(h))+mse(b(h*2).sin())).backward())(m(x)), [mk(3, 2),mk(2, 2),mk(2, 2)])}
+    class Through:
+        def __init__(self, net): self.net = net
+        def __call__(self, x): return recorded_call(self.net, x)[0]
+        def ps(self): return list(self.net.parameters())
+    class Plain(Through):
+        def __call__(self, x): return self.net(x)
+    for name,(f,nets) in cases.items():
+        f(*map(Plain, nets))
+        want = [p.grad.clone() for n in nets for p in n.parameters()]
+        for n in nets: n.zero_grad()
+        f(*map(Through, nets))
+        close([p.grad for n in nets for p in n.parameters()], want, [name]*len(want))
+
+def test_an_input_that_requires_grad():
+    net,x = nn.Tanh(),rand(4).requires_grad_()
+    out,*_ = recorded_call(net, x)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, 1-x.tanh()**2)
+
+def test_second_derivative_is_refused():
+    x = rand(4).requires_grad_()
+    out,*_ = recorded_call(nn.Tanh(), x)
+    with pytest.raises(GradError, match='second derivative'): torch.autograd.grad(out.sum(), x, create_graph=True)
+
+def test_nested_outputs_and_keyword_arguments():
+    class Dict(nn.Module):
+        def forward(self, x, *, scale): return {'a': x*scale, 'rest': (x.shape[0],[x.sin()])}
+    x,s = rand(4).requires_grad_(),rand(4)
+    out,*_ = recorded_call(Dict(), x, scale=s)
+    (out['a'].sum()+2*out['rest'][1][0].sum()).backward()
+    torch.testing.assert_close(x.grad, s+2*x.cos())
+    torch.testing.assert_close(s.g, x.detach())
+
+def test_the_net_is_left_as_it_was():
+    net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(.5))
+    before = {k:(v.clone() if 'running' not in k and 'num' not in k else None) for k,v in net.state_dict().items()}
+    twin = copy.deepcopy(net)
+    x = torch.randn(8, 5)
+    torch.manual_seed(3)
+    out,*_ = recorded_call(net, x)
+    torch.manual_seed(3)
+    ref = twin(x)
+    g = torch.randn_like(ref)
+    out.backward(g)
+    ref.backward(g)
+    for (k,v),w in zip(net.state_dict().items(), twin.state_dict().values()): assert torch.equal(v, w), k
+    for p,q in zip(net.parameters(), twin.parameters()): torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6)
+    assert all(p.requires_grad for p in net.parameters()) and not net[0]._forward_hooks and list(before)==list(net.state_dict())
+
+
+# Modules of ours, in a recording and beside torch's
+
+class Five(Module):
+    "A bwd that isn't the gradient shows that it was the one that ran."
+    def forward(self, x): return x*1
+    def bwd(self, out, x): x.g = 5*out.g
+
+def test_a_bwd_is_the_rule_of_its_module():
+    x = rand(4, 3)
+    with recording() as rec: out = Five()(x*2).sum()
+    rec.backward(out)
+    assert (x.g==10).all() and [c.name for c in rec.calls()]==['Tensor.mul','Five','Tensor.sum']
+
+def test_layers_of_ours():
+    "Their weights too, frozen ones not; as in a walk over their own record."
+    from fnnlite import CrossEntropy, Dropout, Lin, Relu, Tanh, Wrap
+    Lin64 = lambda *a: Lin(*a, dtype=torch.float64)
+    net = Model([Lin64(4, 5), Relu(), Dropout(.3), Wrap(nn.LayerNorm(5, dtype=torch.float64)), Tanh(), Lin64(5, 3)], CrossEntropy())
+    net.layers[5].w.const = True
+    x,y = rand(6, 4),torch.randint(3, (6,))
+    torch.manual_seed(2)
+    loss = net(x, y)
+    net.backward()
+    want = [x.g, *(p.g for p in net.parameters())]
+    net.zero_grad()
+    x.g = None
+    torch.manual_seed(2)
+    with recording() as rec: again = net(x, y)
+    rec.backward(again)
+    assert torch.equal(loss, again) and [c.name for c in rec.calls()]==['Lin','Relu','Dropout','Wrap','Tanh','Lin','CrossEntropy']
+    for a,b in zip([x.g, *(p.g for p in net.parameters())], want): assert a is b is None or torch.equal(a, b)
+    assert [c.path for c in rec.calls()][:2]==['Lin (layers.0)','Relu (layers.1)'] and net.layers[5].w.g is None
+
+def test_hooks_of_modules_are_heard():
+    heard,net = [],Model([Five()], nn.MSELoss())
+    net.layers[0].register_forward_hook(lambda m, args, out: heard.append(type(m).__name__))
+    with recording(): net(rand(3), rand(3))
+    assert heard==['Five']
+
+class Own(nn.Module):
+    "Makes its own loss, from keyword arguments."
+    def __init__(self, **kw):
+        super().__init__()
+        self.emb,self.lin = nn.Embedding(7, 5, **kw),nn.Linear(5, 7, bias=False, **kw)
+        self.lin.weight = self.emb.weight
+    def forward(self, ids, labels=None):
+        logits = self.lin(self.emb(ids).tanh())
+        return {'logits':logits, 'loss':F.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+def torch_net(): return nn.Sequential(nn.Linear(4, 6, dtype=torch.float64), nn.ReLU(inplace=True), nn.BatchNorm1d(6, dtype=torch.float64), nn.Linear(6, 3, dtype=torch.float64))
+
+@pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(label_smoothing=.1), F.cross_entropy, 'ours'], ids=['module','function','ours'])
+@pytest.mark.parametrize('how', ['model','loss'])
+def test_model_of_a_torch_net(loss, how):
+    "As it is: `model.layers is net`; by `model.backward()` and by the loss's, accumulating; in between, `.g` of any call."
+    from fnnlite import CrossEntropy
+    net = torch_net()
+    twin,model = copy.deepcopy(net),Model(net, CrossEntropy() if loss=='ours' else loss)
+    assert model.layers is net and [n for n,_ in model.named_parameters()][0]=='layers.0.weight'
+    for times in (1,2):
+        x,y = rand(8, 4),torch.randint(3, (8,))
+        out = model(x, y)
+        out.backward() if how=='loss' else model.backward()
+        leaf = x.clone().requires_grad_()
+        ref = (F.cross_entropy if loss=='ours' else loss)(twin(leaf), y)
+        ref.backward()
+        torch.testing.assert_close(out.detach(), ref.detach())
+        torch.testing.assert_close(x.g, leaf.grad, rtol=1e-9, atol=1e-11)
+        for p,q in zip(net.parameters(), twin.parameters()): torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11)
+    for a,b in zip(net.state_dict().values(), twin.state_dict().values()): assert torch.equal(a, b)
+    assert model.calls()[0].out.g.shape==(8,6) and model.calls()[0].path=='Linear (layers.0)'
+
+def test_model_that_makes_its_own_loss():
+    net = Own(dtype=torch.float64)
+    twin,model = copy.deepcopy(net),Model(net)
+    ids,labels = torch.randint(7, (2, 5)),torch.randint(7, (2, 5))
+    out = model(ids, labels=labels)
+    model.backward()
+    twin(ids, labels=labels)['loss'].backward()
+    assert set(out)=={'logits','loss'} and net.lin.weight is net.emb.weight
+    torch.testing.assert_close(net.emb.weight.grad, twin.emb.weight.grad, rtol=1e-9, atol=1e-11)
+    before = net.emb.weight.grad.clone()
+    (out['loss']*3).backward()
+    torch.testing.assert_close(net.emb.weight.grad, 4*before, rtol=1e-9, atol=1e-11)
+
+def test_model_in_a_learner_and_in_a_pickle():
+    from functools import partial
+    from fnnlite import SGD, DataLoaders, Learner
+    torch.manual_seed(0)
+    x,y = rand(20, 4),torch.randint(3, (20,))
+    model = Model(torch_net(), nn.CrossEntropyLoss())
+    twin = copy.deepcopy(model.layers)
+    learn = Learner(model, DataLoaders.from_arrays(x, y, x, y, bs=8, shuffle=False), partial(SGD, lr=.1, momentum=.9)).fit(2)
+    opt = torch.optim.SGD(twin.parameters(), lr=.1, momentum=.9)
+    for _ in range(2):
+        for i in range(0, 20, 8):
+            opt.zero_grad()
+            F.cross_entropy(twin(x[i:i+8]), y[i:i+8]).backward()
+            opt.step()
+    for p,q in zip(model.parameters(), twin.parameters()): torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
+    model(x, y)
+    again = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(again.predict(x), model.predict(x))
+    assert copy.deepcopy(model).recorded is None
+
+def test_model_errors():
+    model = Model(torch_net(), nn.CrossEntropyLoss())
+    with pytest.raises(GradError, match='no record of a forward'): model.backward()
+    with pytest.raises(GradError, match='no record of a forward'): model.calls()
+    with torch.no_grad(): model(rand(8, 4), torch.randint(3, (8,)))
+    with pytest.raises(GradError, match='no record of a forward'): model.backward()
+    bare = Model(nn.Sequential(nn.Linear(4, 3)))
+    bare(torch.randn(2, 4))
+    with pytest.raises(GradError, match="isn't a single number"): bare.backward()
+    bare.backward(torch.ones(2, 3))
+    assert bare.layers[0].weight.grad.shape==(3,4)
