@@ -106,7 +106,8 @@ def test_target_made_by_a_module():
     class Distil(Module):
         def __init__(self, loss): self.a,self.b,self.soft,self.loss = Lin(4, 3, dtype=torch.float64),Lin(4, 3, dtype=torch.float64),Softmax(),loss
         def forward(self, x): return self.loss(self.a(x), self.soft(self.b(x)))
-    for loss in (CrossEntropy(smoothing=.1),BCEWithLogits('sum'),Mse()): assert_grads(Distil(loss), rand(5, 4))
+    for loss in (CrossEntropy(smoothing=.1),CrossEntropy(),BCEWithLogits('sum'),Mse()):
+        for kept in (True,False): assert_grads(Distil(loss).retain(kept), rand(5, 4))
 
 @pytest.mark.parametrize('loss', [Mse(), BCEWithLogits(), CrossEntropy()], ids=repr)
 def test_one_tensor_as_input_and_target(loss):
