@@ -3,12 +3,32 @@ from copy import deepcopy
 from importlib import import_module
 from pkgutil import iter_modules
 import pytest, torch
-from fnnlite import Module
+from fnnlite import Lin, Module, wants
 from fnnlite.core.module import through_forward
 from fnnlite.core.record import floats, grad, maptree
 
 
-def rand(*shape): return torch.randn(*shape, dtype=torch.float64)
+def rand(*shape): return torch.randn(shape, dtype=torch.float64) # () as well
+def Lin64(ni, nf, **kw): return Lin(ni, nf, dtype=torch.float64, **kw)
+
+def close(got, want, **tols):
+    "Tensors, or as many of them in a row, have the same shapes and dtypes, and numbers as near as torch takes for the same, or `tols`."
+    got,want = (maptree(torch.Tensor.detach, o if isinstance(o, torch.Tensor) else list(o)) for o in (got, want))
+    torch.testing.assert_close(got, want, **tols)
+tight = dict(rtol=1e-10, atol=1e-12) # for float64
+
+def agree(out, back, op, ts, **tols):
+    "`out` is `op(*ts)`, and after `back(g)` with a random `g` each `.g` in `ts` is autograd's through `op`; constants and class indices have none."
+    refs = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in ts]
+    want = op(*refs)
+    close(out, want, **(tols or dict(rtol=1e-12, atol=1e-12)))
+    g = torch.randn_like(want)
+    back(g)
+    auto = iter(torch.autograd.grad(want, [r for r in refs if r.requires_grad], g))
+    for t,r in zip(ts, refs, strict=True):
+        a = next(auto) if r.requires_grad else None
+        if a is None or not wants(t): assert grad(t) is None
+        else: close(t.g, a, **(tols or tight))
 
 def rooms(package):
     "The modules in a folder of the package."

@@ -1,16 +1,14 @@
 "A whole training step (forward, backward, optimizer) as one graph, for every layer, loss and optimizer."
 import pytest, torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from fnnlite import ops, train as train_rooms
-from fnnlite import Wrap, Module, Add, Concat, Dropout, Flatten, Lin, Log, LogSoftmax, Matmul, Mul, Relu, Reshape
-from fnnlite import Sigmoid, Softmax, Tanh, BCEWithLogits, CrossEntropy, Mse, NLL, Model, Sequential, SGD, Adam, AdamW, RMSprop, const
+from fnnlite import train as train_rooms
+from fnnlite import Module, Add, Concat, Dropout, Lin, Matmul, Relu, Reshape
+from fnnlite import Sigmoid, Tanh, CrossEntropy, Mse, Model, Sequential, SGD, Adam, AdamW, RMSprop, const
 from fnnlite.core.record import grad
 from fnnlite.ops import routes
-from fnnlite.ops.losses import Loss
 from fnnlite.train.optimizers import Optimizer
-from helpers import assert_grads, public, rand
-
-def Lin64(ni, nf): return Lin(ni, nf, dtype=torch.float64)
+from cases import InNet, cases, loss_cases, name, one_each
+from helpers import Lin64, assert_grads, public, rand
 
 @pytest.fixture(autouse=True)
 def fresh():
@@ -19,32 +17,12 @@ def fresh():
     torch._dynamo.reset()
 
 
-# One case for each class: `assert_grads` and a compiled step. A new class needs a case here
-
-class TwoArgs(Module):
-    def __init__(self, layer): self.a,self.b,self.layer = Lin64(4, 4),Lin64(4, 4),layer
-    def forward(self, x): return self.layer(self.a(x), self.b(x))
-
-layer_cases = {Lin: lambda: Lin64(4, 4), Relu: lambda: Relu(.1, .2, 1.), Sigmoid: Sigmoid, Tanh: Tanh, Softmax: Softmax, LogSoftmax: LogSoftmax,
-    Log: lambda: Sequential(Sigmoid(), Log()), Matmul: lambda: TwoArgs(Matmul()), Add: lambda: TwoArgs(Add()), Mul: lambda: TwoArgs(Mul()),
-    Concat: lambda: Sequential(TwoArgs(Concat()), Lin64(8, 4)), Reshape: lambda: Sequential(Reshape(2, 8), Reshape(4, -1)),
-    Flatten: lambda: Sequential(Reshape(4, 2, 2), Flatten()), Dropout: Dropout,
-    Wrap: lambda: Sequential(Wrap(torch.nn.LayerNorm(4).double()), Wrap(torch.sin))}
-loss_cases = {Mse: (Mse, lambda: rand(4, 4)), CrossEntropy: (lambda: CrossEntropy(smoothing=.1), lambda: torch.randint(0, 4, (4,))),
-    NLL: (NLL, lambda: torch.randint(0, 4, (4,))), BCEWithLogits: (lambda: BCEWithLogits('sum'), lambda: rand(4, 4).sigmoid())}
 opt_cases = {SGD: dict(momentum=.9, nesterov=True, weight_decay=.1), RMSprop: dict(momentum=.9, weight_decay=.1), Adam: dict(weight_decay=.1), AdamW: {}}
-module_cases = [*((c, make, Mse, lambda: rand(4, 4)) for c,make in layer_cases.items()), *((c, Tanh, *case) for c,case in loss_cases.items())]
-each_module = pytest.mark.parametrize('cls,layer,loss,targ', module_cases, ids=[c[0].__name__ for c in module_cases])
 
-def test_every_class_has_a_case():
-    assert public(ops, Module)-{Loss}==set(layer_cases)|set(loss_cases) and public(ops, Loss)-{Loss}==set(loss_cases)
-    assert public(train_rooms, torch.optim.Optimizer)-{Optimizer}==set(opt_cases)
-    for cls,make,*_ in module_cases: # and it is in its case
-        if cls in layer_cases: assert any(type(m) is cls for m in make().modules())
-    assert all(type(make()) is cls for cls,(make,_) in loss_cases.items())
+def test_every_optimizer_has_a_case(): assert public(train_rooms, torch.optim.Optimizer)-{Optimizer}==set(opt_cases)
 
-@each_module
-def test_gradients(cls, layer, loss, targ): assert_grads(Model([Lin64(4, 4), layer()], loss()), rand(4, 4), targ())
+@pytest.mark.parametrize('case', cases, ids=name)
+def test_gradients(case): assert_grads(InNet(case), *case.inps())
 
 
 # The compiled step
@@ -86,28 +64,30 @@ def same(make, opt, batches, backend='eager', **kw):
 def sgd(ps): return SGD(ps, lr=.1)
 
 class Side(Module):
-    "All layers side by side on one input, so that each reaches the loss and the weight at full strength."
-    def __init__(self): self.l,self.cat,self.layers = Lin64(4, 4),Concat(),[make() for make in layer_cases.values()]
-    def forward(self, x):
-        x = self.l(x)
-        return self.cat(*[l(x) for l in self.layers])
+    "One case of each class side by side, so that each reaches the loss and the weights at full strength."
+    def __init__(self): self.nets,self.flat,self.cat = [InNet(c) for c in one_each],Reshape(-1),Concat()
+    def forward(self, *inps):
+        inps = iter(inps)
+        return self.cat(*[self.flat(net(*[next(inps) for _ in range(net.n)])) for net in self.nets])
+def for_side(): return [t for c in one_each for t in c.inps()]
 
 def test_layers():
     "With the update by hand: half the time to compile."
     def by_hand(m, opt):
-        def step(x, y):
-            loss = m(x, y)
+        def step(*args):
+            loss = m(*args)
             m.backward()
             for p in m.parameters(): p.sub_(.1*p.g)
             m.zero_grad()
             return loss
         return step
-    same(lambda: Model(Side(), Mse('sum')), sgd, [(rand(4, 4),rand(4, 4*len(layer_cases))) for _ in range(3)], 'aot_eager', step_of=by_hand)
+    n = Side()(*for_side()).numel()
+    same(lambda: Model(Side(), Mse('sum')), sgd, [(*for_side(),rand(n)) for _ in range(3)], 'aot_eager', step_of=by_hand)
 
-@pytest.mark.parametrize('cls', loss_cases, ids=lambda c: c.__name__)
-def test_losses(cls):
-    make,targ = loss_cases[cls]
-    same(lambda: Model([Lin64(4, 4)], make()), sgd, [(rand(4, 4),targ()) for _ in range(3)], 'aot_eager')
+@pytest.mark.parametrize('case', loss_cases, ids=name)
+def test_losses(case):
+    n = case.inps()[0].shape[-1]
+    same(lambda: Model([Lin64(n, n)], case.make()), sgd, [tuple(case.inps()) for _ in range(3)], 'aot_eager')
 
 @pytest.mark.parametrize('cls', opt_cases, ids=lambda c: c.__name__)
 def test_optimizers(cls):
@@ -333,13 +313,10 @@ def same_grads(m, f, backend='aot_eager', rtol=1e-9):
 
 @under_autograd
 def test_all_under_autograd():
-    "All layers and losses, with raw operations in between"
+    "All layers and losses, with raw operations before and behind"
     m = Side()
-    m.losses = [make() for make,_ in loss_cases.values()]
-    targs = [targ() for _,targ in loss_cases.values()]
-    def f(x):
-        out = m((x*2).view(2, 8).reshape(4, 4)).chunk(len(layer_cases), -1)
-        return sum(loss(sum(out).tanh(), t) for loss,t in zip(m.losses, targs))
+    inps = for_side()
+    def f(x): return m(*[t*x.sum().sigmoid() if t.is_floating_point() else t for t in inps]).tanh().sum()
     same_grads(m, f)
 
 @under_autograd

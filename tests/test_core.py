@@ -7,6 +7,7 @@ from fnnlite import Module, Add, Concat, Dropout, Flatten, Lin, Matmul, Mul, Rel
 from fnnlite import Sigmoid, Softmax, Tanh, CrossEntropy, Mse, Model, Sequential, GradError, const
 from fnnlite.core.module import zero_grad
 from fnnlite.core.record import grad
+from cases import InNet, cases, name
 from helpers import GivenBwd, Id, Table, assert_grads, by_autograd, each_fault, no_input, rand, right
 
 torch.manual_seed(0)
@@ -724,25 +725,30 @@ class Mixed(Module):
         r = self.add(self.l(h), h)
         return self.last(self.cat(self.mul(r, r), self.mul(h, x)))
 
-@pytest.mark.parametrize('mid', [Relu, lambda: Relu(.1, .2, 1.), Sigmoid, Tanh, Softmax, Dropout, Mixed, Same, Feeds, Recursive, LessonRelu,
-    lambda: Sequential(Concat(), Flatten()), lambda: Sequential(Id(), Mixed())], ids=lambda f: getattr(f, '__name__', ''))
-def test_lean_gradients(mid):
+def lean_as_ever(net, *inps):
     "The same gradients, bit by bit, whatever was kept."
+    def grads(on):
+        net.retain(on)
+        torch.manual_seed(3)
+        out = net(*inps)
+        net.backward(torch.randn_like(out))
+        res = [out.clone(), *(t.g.clone() for t in (*inps, *net.parameters()) if t.is_floating_point())]
+        net.zero_grad()
+        return res
+    for on in (False,True,False): assert all(map(torch.equal, grads(on), grads(True)))
+
+@pytest.mark.parametrize('case', cases, ids=name)
+def test_lean_gradients(case): lean_as_ever(InNet(case), *case.inps())
+
+@pytest.mark.parametrize('mid', [Mixed, Same, Feeds, Recursive, LessonRelu, lambda: Sequential(Concat(), Flatten()), lambda: Sequential(Id(), Mixed())],
+    ids=lambda f: getattr(f, '__name__', ''))
+def test_lean_gradients_of_nets(mid):
     layer = mid()
     args = (2,) if mid is Recursive else ()
     class Net(Module):
         def __init__(self): self.first,self.mid,self.last = Lin64(4, 4),layer,Lin64(2 if mid is Feeds else 4, 3)
         def forward(self, x): return self.last(self.mid(self.first(x), *args))
-    net,x,y = Model(Net(), CrossEntropy()),rand(4, 4),torch.randint(0, 3, (4,))
-    def grads(on):
-        net.retain(on)
-        torch.manual_seed(3)
-        loss = net(x, y)
-        net.backward()
-        res = [loss.clone(), x.g.clone(), *(p.g.clone() for p in net.parameters())]
-        net.zero_grad()
-        return res
-    for on in (False,True,False): assert all(map(torch.equal, grads(on), grads(True)))
+    lean_as_ever(Model(Net(), CrossEntropy()), rand(4, 4), torch.randint(0, 3, (4,)))
 
 def test_lean_keeps_what_is_read_and_no_more():
     alive = {}

@@ -10,26 +10,14 @@ from fnnlite import Add, Concat, Dropout, Flatten, Lin, Log, LogSoftmax, Matmul,
 from fnnlite.core.record import grad
 from fnnlite.ops import losses, routes, wraps
 from fnnlite.core.rules import unbroadcast
-from helpers import assert_grads, public, rooms
+from cases import cases, kind, name, one_each
+from helpers import agree, assert_grads, close, public, rand, rooms
 
-close = torch.testing.assert_close # shape and dtype too
 shapes = st.lists(st.integers(1, 4), min_size=0, max_size=3).map(tuple)
 random_shapes = settings(deadline=None, max_examples=25, derandomize=True, database=None)
 
 
-def rand(*shape): return torch.randn(shape, dtype=torch.float64) # () as well
 def leaf(t): return t.detach().clone()
-
-def agree(out, back, op, ts):
-    "`out` is torch's `op(*ts)`, and after `back(g)` with a random `g` each `.g` in `ts` is autograd's through `op`."
-    refs = [leaf(t).requires_grad_() for t in ts]
-    want = op(*refs)
-    close(out, want.detach(), rtol=1e-12, atol=1e-12)
-    g = rand(*want.shape)
-    back(g)
-    for t,a in zip(ts, torch.autograd.grad(want, refs, g), strict=True):
-        if getattr(t, 'const', False): assert grad(t) is None
-        else: close(t.g, a, rtol=1e-10, atol=1e-12)
 
 def check(op, layer, name, *inps, **kw):
     "`functional`'s `name` and `name_grad`, then `layer`; with each tensor a constant in turn, too."
@@ -294,24 +282,22 @@ def test_extreme_values(layer, op, dtype):
 
 # Constants
 
-layer_inps = {Lin: (lambda: Lin(4, 3, dtype=torch.float64), [(2,4)]), Matmul: (Matmul, [(2,4),(4,3)]), Add: (Add, [(2,4),(4,)]),
-    Mul: (Mul, [(2,4),(4,)]), Concat: (Concat, [(2,4),(2,3)]), Reshape: (lambda: Reshape(-1), [(2,4)])}
+def test_every_class_has_a_case(): assert {kind(c) for c in cases}==public(ops, Module)-{losses.Loss}
 
-@pytest.mark.parametrize('cls', sorted(public(ops, Module)-public(ops, losses.Loss)-{Wrap}, key=lambda c: c.__name__), ids=lambda c: c.__name__)
-def test_const_inputs_get_no_g(cls):
-    "Each layer, each input a constant in turn: no .g there, the others' as before; all constant: none in its output either."
-    make,inps = layer_inps.get(cls, (cls, [(2,4)]))
-    xs = [rand(*s).abs() for s in inps]
-    m = Sequential(layer := make())
-    for i in range(len(xs)):
-        ts = [const(x) if j==i else leaf(x) for j,x in enumerate(xs)]
-        out = layer(*ts)
-        if len(xs)==1 and not list(layer.parameters()):
+@pytest.mark.parametrize('case', cases, ids=name)
+def test_const_inputs_get_no_g(case):
+    "Each input a constant in turn: no .g there, the others' as before; all constant: none in its output either."
+    m,inps = case.make(),case.inps()
+    which = [i for i,t in enumerate(inps) if t.is_floating_point()]
+    for i in which:
+        ts = [const(t) if j==i else leaf(t) for j,t in enumerate(inps)]
+        out = m(*ts)
+        if len(which)==1 and not list(m.parameters()):
             assert out.const
-            with pytest.raises(RuntimeError, match='nothing in its last call wants'): layer.backward(torch.ones_like(out))
-        else: layer.backward(torch.ones_like(out))
-        assert grad(ts[i]) is None and all(t.g.shape==t.shape for j,t in enumerate(ts) if j!=i)
-    if list(m.parameters()): assert grad(layer.w) is not None
+            with pytest.raises(RuntimeError, match='nothing in its last call wants'): m.backward(torch.ones_like(out))
+        else: m.backward(torch.ones_like(out))
+        assert grad(ts[i]) is None and all(ts[j].g.shape==ts[j].shape for j in which if j!=i)
+        assert all(grad(p) is not None for p in m.parameters())
 
 
 # Errors name the module, the argument, what came and what was expected
@@ -355,14 +341,13 @@ def test_infinite_gradient_stops_where_relu_is_flat():
     y = x.clone().requires_grad_()
     assert torch.equal(x.g, torch.autograd.grad(y.relu(), y, out.g)[0])
 
-@pytest.mark.parametrize('layer', [Lin(4, 4), Relu(), Sigmoid(), Matmul(), Add(), Concat()], ids=repr)
-def test_complex_and_integers_are_refused(layer):
+@pytest.mark.parametrize('case', [c for c in one_each if kind(c) is not Wrap], ids=name)
+def test_complex_and_integers_are_refused(case):
     for dtype in (torch.complex64, torch.int64):
-        args = [torch.ones(4, 4, dtype=dtype)]*(2 if isinstance(layer, (Matmul,Add,Concat)) else 1)
-        with pytest.raises(TypeError, match=f'has dtype {dtype}, expected a floating-point one'): layer(*args)
+        with pytest.raises(TypeError, match=f'has dtype {dtype}, expected a floating-point one'): case.make()(*[t.to(dtype) for t in case.inps()])
 
-@pytest.mark.parametrize('layer', [Matmul(), Add(), Mul(), Concat()], ids=repr)
-def test_inputs_that_dont_go_together(layer):
-    a = torch.ones(4, 4)
-    with pytest.raises(TypeError, match='has dtype torch.float64, expected torch.float32'): layer(a, a.double())
-    with pytest.raises(ValueError, match='is on device meta, expected cpu'): layer(a, a.to('meta'))
+@pytest.mark.parametrize('case', [c for c in cases if len(c.inps())>1 and all(t.is_floating_point() for t in c.inps())], ids=name)
+def test_inputs_that_dont_go_together(case):
+    a,*others = case.inps()
+    with pytest.raises(TypeError, match='has dtype torch.float32, expected torch.float64'): case.make()(a, *[t.float() for t in others])
+    with pytest.raises(ValueError, match='is on device meta, expected cpu'): case.make()(a, *[t.to('meta') for t in others])

@@ -5,33 +5,20 @@ from hypothesis import given, settings, strategies as st
 from fnnlite import Module, Lin, Softmax, BCEWithLogits, CrossEntropy, Mse, NLL, Model, const
 from fnnlite.core.record import grad
 from fnnlite.ops.losses import check_classes, check_range, one_hot
-from helpers import assert_grads
+from cases import loss_cases
+from helpers import Lin64, agree, assert_grads, close, rand
 
-close = torch.testing.assert_close
 random_shapes = settings(deadline=None, max_examples=25, derandomize=True, database=None)
 leads = st.lists(st.integers(1, 4), max_size=3).map(tuple)
 reductions = st.sampled_from(['mean','sum'])
 R = torch.randn
 
-def rand(*shape): return torch.randn(shape, dtype=torch.float64) # () as well
-
-
 def check(loss, op, inp, targ, **tols):
-    "The loss is `op(inp, targ)` and both gradients are autograd's through `op`, from a random upstream gradient; constants get none."
-    leaf = lambda t: t.detach().clone()
-    refs = [leaf(t).requires_grad_(t.is_floating_point()) for t in (inp,targ)]
-    want = op(*refs)
-    g = torch.randn_like(want)
-    auto = [torch.autograd.grad(want, r, g, retain_graph=True)[0] if r.requires_grad else None for r in refs]
+    "`agree`, also with a constant input or target."
     for consts in ((), (0,), (1,)):
-        ts = [const(t) if i in consts else leaf(t) for i,t in enumerate((inp,targ))]
-        out = loss(*ts)
-        close(out, want.detach(), **tols)
-        if all(not t.is_floating_point() or i in consts for i,t in enumerate(ts)): continue
-        loss.backward(g)
-        for i,(t,a) in enumerate(zip(ts, auto)):
-            if a is None or i in consts: assert grad(t) is None
-            else: close(t.g, a, **tols)
+        ts = [const(t) if i in consts else t.detach().clone() for i,t in enumerate((inp,targ))]
+        refused = all(not t.is_floating_point() or i in consts for i,t in enumerate(ts)) # where nothing wants a gradient
+        agree(loss(*ts), (lambda g: None) if refused else loss.backward, op, ts, **tols)
 
 def by_class(f):
     "torch wants the classes in dimension 1, we have them last."
@@ -106,7 +93,8 @@ def test_target_made_by_a_module():
     class Distil(Module):
         def __init__(self, loss): self.a,self.b,self.soft,self.loss = Lin(4, 3, dtype=torch.float64),Lin(4, 3, dtype=torch.float64),Softmax(),loss
         def forward(self, x): return self.loss(self.a(x), self.soft(self.b(x)))
-    for loss in (CrossEntropy(smoothing=.1),BCEWithLogits('sum'),Mse()): assert_grads(Distil(loss), rand(5, 4))
+    for loss in (CrossEntropy(smoothing=.1),CrossEntropy(),BCEWithLogits('sum'),Mse()):
+        for kept in (True,False): assert_grads(Distil(loss).retain(kept), rand(5, 4))
 
 @pytest.mark.parametrize('loss', [Mse(), BCEWithLogits(), CrossEntropy()], ids=repr)
 def test_one_tensor_as_input_and_target(loss):
@@ -120,9 +108,9 @@ def test_one_hot():
     close(one_hot(targ, rand(2, 3, 4)), TF.one_hot(targ, 4).double())
 
 def test_const_input_of_a_model():
-    for loss,y in ((Mse(), rand(5, 3)), (CrossEntropy(), torch.tensor([0,1,2,0,1])), (NLL(), torch.tensor([0,1,2,0,1])),
-            (BCEWithLogits(), rand(5, 3).sigmoid())):
-        m,x = Model([Lin(4, 3, dtype=torch.float64)], loss),const(rand(5, 4))
+    for case in loss_cases:
+        inp,y = case.inps()
+        m,x = Model([Lin64(inp.shape[-1], inp.shape[-1])], loss := case.make()),const(inp)
         m(x, y if y.dtype==torch.int64 else const(y))
         m.backward()
         assert grad(x) is None and grad(loss.args[1]) is None and m.layers[0].w.g is not None

@@ -6,10 +6,7 @@ from torch import nn
 from fnnlite import Module, Add, Dropout, Flatten, Lin, Matmul, Relu, Tanh, CrossEntropy, Mse, Model, Sequential, const
 from fnnlite.core.record import grad
 from fnnlite.nets.seeing import evaluating, summary
-from helpers import assert_grads, rand
-
-close = torch.testing.assert_close
-def Lin64(ni, nf): return Lin(ni, nf, dtype=torch.float64)
+from helpers import Lin64, assert_grads, close, rand
 
 
 # Sequential

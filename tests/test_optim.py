@@ -1,5 +1,6 @@
 "Each optimizer follows torch.optim's trajectory, alone and as the end of a training step."
 import copy, pickle
+from functools import partial
 import pytest, torch
 import torch.nn.functional as TF
 from torch import nn
@@ -7,6 +8,8 @@ from torch.optim import lr_scheduler
 from fnnlite import Lin, Relu, CrossEntropy, Mse, Model, SGD, Adam, AdamW, RMSprop
 from fnnlite.core.record import grad
 from fnnlite.train import optimizers as optim
+import helpers
+from helpers import rand
 
 opts = [(SGD, {}), (SGD, dict(momentum=.9)), (SGD, dict(momentum=.9, weight_decay=.1)),
     (SGD, dict(momentum=.8, nesterov=True, weight_decay=.01)), (SGD, dict(weight_decay=.1)),
@@ -15,9 +18,7 @@ opts = [(SGD, {}), (SGD, dict(momentum=.9)), (SGD, dict(momentum=.9, weight_deca
     (AdamW, {}), (AdamW, dict(weight_decay=.3, betas=(.5,.99))), (AdamW, dict(weight_decay=0.))]
 each_opt = pytest.mark.parametrize('cls,kw', opts, ids=lambda o: o.__name__ if isinstance(o, type) else ','.join(f'{k}={v}' for k,v in o.items()))
 
-def rand(*shape): return torch.randn(shape, dtype=torch.float64)
-def close(ps, qs):
-    for p,q in zip(ps, qs, strict=True): torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-11, atol=1e-13)
+close = partial(helpers.close, rtol=1e-11, atol=1e-13)
 
 def twin(cls, params, **kw):
     "torch's optimizer of the same name and options"

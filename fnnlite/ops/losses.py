@@ -96,7 +96,7 @@ class NLL(Loss):
 # %% ../../nbs/ops/36_losses.ipynb #ae107266
 class CrossEntropy(Loss):
     "-Σ t log softmax(inp) over the last dimension; `inp` (...,C), `targ` class indices (...) or probabilities (...,C)"
-    keeps,reads = ('logp',),()
+    keeps,reads = ('logp','soft'),()
     def __init__(self,
         reduction:str='mean', # over the items: 'mean' or 'sum'
         smoothing:float=0., # of the labels, 0 to 1
@@ -116,7 +116,10 @@ class CrossEntropy(Loss):
         if isinstance(targ, torch.Tensor) and targ.is_floating_point() and targ.ndim==inp.ndim: self.check_targ(inp, targ)
         else: check_classes(self, inp, targ)
         logp = self.full(inp).log_softmax(-1)
-        if targ.is_floating_point() or self.smoothing: out = self.reduce(-(self.probs(logp, targ)*logp).sum(-1))
+        if targ.is_floating_point() or self.smoothing:
+            soft = self.probs(logp, targ)
+            out = self.reduce(-(soft*logp).sum(-1))
+            out.soft = soft.clone() if soft is targ else soft # the backward can't count on `targ`, which `reads` leaves out
         else: out = nll(self, logp, targ)
         out.logp = logp
         return out
@@ -127,8 +130,7 @@ class CrossEntropy(Loss):
             # with one_hot a compiler would leave out the check of the indices
             inp.g = out.logp.exp().scatter_(-1, targ.unsqueeze(-1), -1., reduce='add').mul_(g)
             return
-        t = self.probs(out.logp, targ)
-        if wants(inp): inp.g = (out.logp.exp()*t.sum(-1, keepdim=True) - t)*g
+        if wants(inp): inp.g = (out.logp.exp()*out.soft.sum(-1, keepdim=True) - out.soft)*g
         if targ.is_floating_point() and wants(targ): targ.g = -out.logp*g*(1-self.smoothing)
 
 # %% ../../nbs/ops/36_losses.ipynb #935b3d60
