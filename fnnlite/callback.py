@@ -6,7 +6,7 @@
 __all__ = ['parts', 'events', 'inner_events', 'cancels', 'ending', 'CancelException', 'CancelFitException',
            'CancelEpochException', 'CancelTrainException', 'CancelValidException', 'CancelBatchException',
            'CancelBackwardException', 'CancelStepException', 'Callback', 'History', 'metric_name', 'Recorder',
-           'NonFiniteError', 'first_nonfinite', 'StopAtNonFinite', 'Progress', 'OneCycle', 'first_signal',
+           'NonFiniteError', 'first_nonfinite', 'StopAtNonFinite', 'Progress', 'OneCycle', 'on_signals', 'first_signal',
            'StopOnSignal', 'Checkpoint']
 
 # %% ../nbs/11_callback.ipynb #8a9de284
@@ -171,18 +171,22 @@ class OneCycle(Callback):
 # %% ../nbs/11_callback.ipynb #5e028391
 ending = [getattr(signal, o) for o in ('SIGINT','SIGTERM','SIGHUP') if hasattr(signal, o)] # the signals that politely ask a process to end
 
+def on_signals(
+    f, # a function of the number and the frame, or one of `signal`'s constants
+)->dict: # signals to what they called before
+    "Let the signals `ending` call `f`, except those that are ignored, as `nohup` wants it. Only the main thread can"
+    if threading.current_thread() is not threading.main_thread(): return {}
+    return {o:signal.signal(o, f) for o in ending if signal.getsignal(o) not in (None, signal.SIG_IGN)}
+
 @contextmanager
 def first_signal(
     f, # called with its number
 ):
-    "Inside, the first of the signals `ending` calls `f`; the next ends the process at once. Only the main thread can"
-    were = {}
+    "Inside, the first of the signals `ending` calls `f`; the next ends the process at once"
     def handle(number, _):
-        for o in were: signal.signal(o, signal.SIG_DFL)
+        on_signals(signal.SIG_DFL)
         f(number)
-    if threading.current_thread() is threading.main_thread():
-        for o in ending:
-            if signal.getsignal(o) not in (None, signal.SIG_IGN): were[o] = signal.signal(o, handle) # nohup ignores one
+    were = on_signals(handle)
     try: yield
     finally:
         for o,old in were.items(): signal.signal(o, old)

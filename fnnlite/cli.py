@@ -10,10 +10,10 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-import os, sys
+import atexit, os, signal, sys
 import torch
 from fastcore.script import call_parse
-from .callback import NonFiniteError, OneCycle, Checkpoint, StopOnSignal, first_signal
+from .callback import NonFiniteError, OneCycle, Checkpoint, StopOnSignal, first_signal, on_signals
 from .checkpoint import CheckpointError, load_tensors, put_state, save_tensors, write_file
 from .data import DataError, DataLoaders, load_mnist, normalize, read_image
 from .distributed import Distributed, DistributedError, launched, own_device, processes
@@ -77,6 +77,7 @@ def fnnlite_train(
     precision:str=None, # Of float32 matrix products on a GPU: 'highest', 'high' or 'medium' (default: torch's)
 ):
     "Train a net on MNIST with hand-written gradients"
+    atexit.register(on_signals, signal.SIG_DFL) # a KeyboardInterrupt in what others do at the exit would be a traceback
     with (first_signal(lambda o: sys.exit(128+o)), _one_line_errors(), ExitStack() as inside,
           processes(device := _usable(device or ('cuda' if torch.cuda.is_available() else 'cpu'))) as first):
         hidden,out = _widths(layers),Path(out)

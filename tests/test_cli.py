@@ -262,6 +262,18 @@ def test_signal_outside_the_training(where, name, number, run, small, tmp_path, 
     assert (code,err)==(128+number,'') and sorted(p.name for p in (tmp_path/'out').glob('*'))==files
     assert [signal.getsignal(o) for o in callback.ending]==handlers
 
+def test_signal_at_the_exit(tmp_path):
+    "When the command is done and Python clears up: no traceback either."
+    code = f"""
+import atexit, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(signal.raise_signal, signal.SIGINT) # the first to be registered is the last to be called
+sys.argv = [{str(bin/'fnnlite_train')!r},'--epochs','0']
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+    p = subprocess.run([sys.executable, '-c', code], env=one_thread, capture_output=True, text=True)
+    assert p.returncode==-signal.SIGINT and 'epochs is 0' in p.stderr and len(p.stderr.splitlines())==1, p
+
 def test_signal_in_the_first_epoch(run, small, tmp_path, monkeypatch):
     "There is nothing to go on from, and nobody says so."
     monkeypatch.setattr(callback.OneCycle, 'before_batch', lambda self: signal.raise_signal(signal.SIGTERM))
