@@ -228,8 +228,8 @@ crafted = dict(
     tensors=[{'rng.cpu':None}, {'rng.cpu':torch.zeros(3, dtype=torch.uint8)}, {'rng.cpu':torch.zeros(5056)},
         {'rng.cpu':torch.zeros(5056, dtype=torch.uint8)},
         {'rng.cpu':torch.full((5056,), 255, dtype=torch.uint8)}, {'rng.more':torch.zeros(3)}, {'model.layers.0.w':None}, {'model.layers.0.w':torch.ones(2)},
-        {'model.a\nb':torch.ones(2)}, {'opt.0.step':None}, {'opt.0.more':torch.ones(1)}, {'opt.0.avg':torch.ones(2, 2)},
-        {'opt.0.avg':torch.ones(8, 16).double()}, {'opt.0.avg':torch.ones(8, 16, dtype=torch.int32)}])
+        {'model.a\nb':torch.ones(2)}, {'opt.0.step':None}, {'opt.0.more':torch.ones(1)}, {'opt.0.exp_avg':torch.ones(2, 2)},
+        {'opt.0.exp_avg':torch.ones(8, 16).double()}, {'opt.0.exp_avg':torch.ones(8, 16, dtype=torch.int32)}])
 
 @pytest.mark.parametrize('key,value', [(k,v) for k,vs in crafted.items() for v in vs], ids=lambda o: str(o)[:50])
 def test_crafted(key, value, tmp_path, two_epochs):
@@ -255,10 +255,10 @@ def two_epochs(tmp_path_factory):
 def test_rows_with_more_columns(tmp_path):
     "A callback may write into the rows, now and then: they are saved, resumed and in the CSV."
     def more(self):
-        if self.epoch!=1: self.history[-1].update(steps=3, note='x')
+        if self.epoch==1: self.history[-1].update(steps=3, note='x')
     learner(Checkpoint(tmp_path), On('after_epoch', more)).fit(2)
     history = learner(Checkpoint(tmp_path, resume=True), On('after_epoch', more)).fit(3).history
-    assert [r.get('steps') for r in history]==[3,None,3] and len({l.count(',') for l in history.to_csv().splitlines()})==1
+    assert [r.get("steps") for r in history]==[None,3,None] and len({l.count(',') for l in history.to_csv().splitlines()})==1
 
 def nets():
     torch.manual_seed(1)
@@ -413,10 +413,10 @@ def test_loaders_are_resumed(kind, tmp_path):
 
 @pytest.mark.filterwarnings('ignore:.*use of fork:DeprecationWarning')
 def test_loaders_with_workers_are_resumed(tmp_path):
-    "Also while a worker of the run before still lives."
-    with_loader(tmp_path/'a', 'rows drawn', num_workers=2)
-    with_loader(tmp_path/'b', 'rows drawn', 1, num_workers=2)
-    with_loader(tmp_path/'b', 'rows drawn', num_workers=2)
+    "They give the rows that the order drawn here asks for."
+    with_loader(tmp_path/'a', 'shuffle, generator', num_workers=2)
+    with_loader(tmp_path/'b', 'shuffle, generator', 1, num_workers=2)
+    with_loader(tmp_path/'b', 'shuffle, generator', num_workers=2)
     assert_same(tmp_path/'a', tmp_path/'b')
 
 def test_a_shared_generator_counts_once(tmp_path):
