@@ -183,7 +183,12 @@ def first_signal(
     f, # called with its number
 ):
     "Inside, the first of the signals `ending` calls `f`; the next ends the process at once"
+    def second(number, _):
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
     def handle(number, _):
+        on_signals(lambda n, _: n==number or second(n, _))
+        signal.raise_signal(number) # has those called that came together with it, which Python would drop with a message
         on_signals(signal.SIG_DFL)
         f(number)
     were = on_signals(handle)

@@ -534,14 +534,16 @@ def test_signal_ends_the_fit_after_the_batch(number, event, reference, tmp_path)
 
 def twice(folder, first, second):
     def f(self):
-        signal.raise_signal(first)
-        signal.raise_signal(second)
+        if folder.name=='together': signal.pthread_sigmask(signal.SIG_BLOCK, [first,second])
+        for o in first,second: os.kill(os.getpid(), o)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [first,second])
         os._exit(0) # not come to
     learner(Checkpoint(folder), StopOnSignal(), On('after_step', f)).fit(1)
 
-@pytest.mark.parametrize('first,second', [(signal.SIGINT,signal.SIGTERM),(signal.SIGTERM,signal.SIGTERM),(signal.SIGHUP,signal.SIGINT)])
-def test_second_signal_ends_the_process_at_once(first, second, tmp_path):
-    p = ctx.Process(target=twice, args=(tmp_path, first, second))
+@pytest.mark.parametrize('first,second,how', [(signal.SIGINT,signal.SIGTERM,''), (signal.SIGTERM,signal.SIGTERM,''), (signal.SIGHUP,signal.SIGINT,''),
+    (signal.SIGINT,signal.SIGTERM,'together')])
+def test_second_signal_ends_the_process_at_once(first, second, how, tmp_path):
+    p = ctx.Process(target=twice, args=(tmp_path/how, first, second))
     p.start()
     p.join(120)
     assert p.exitcode==-second
