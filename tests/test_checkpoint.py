@@ -535,7 +535,7 @@ def test_signal_ends_the_fit_after_the_batch(number, event, reference, tmp_path)
 def twice(folder, first, second):
     def f(self):
         if folder.name=='together': signal.pthread_sigmask(signal.SIG_BLOCK, [first,second])
-        for o in first,second: os.kill(os.getpid(), o)
+        for o in first,second: signal.raise_signal(o) # to this thread
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [first,second])
         os._exit(0) # not come to
     learner(Checkpoint(folder), StopOnSignal(), On('after_step', f)).fit(1)
