@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, RandomSampler, Sampler, TensorDataset, WeightedRandomSampler
 from safetensors.torch import load_file, save_file
 from fnnlite.callback import Callback, Checkpoint, NonFiniteError, OneCycle, StopOnSignal
-from fnnlite.checkpoint import CheckpointError, FolderLock, load_tensors, load_weights, put_state, save_tensors, save_weights, write_file
+from fnnlite.checkpoint import CheckpointError, FolderLock, _checksum, load_tensors, load_weights, put_state, save_tensors, save_weights, write_file
 from fnnlite.data import DataLoaders
 from fnnlite.layers import Dropout, Lin, Relu
 from fnnlite.learner import Learner, accuracy
@@ -207,11 +207,13 @@ def test_other_json_is_refused(about, tmp_path):
     "Ours by its name only: one error that names the file, and the model as it was."
     learner(Checkpoint(tmp_path)).fit(1)
     tensors,_ = load_tensors(tmp_path/'checkpoint.safetensors')
-    save_file({k:t.clone() for k,t in tensors.items()}, tmp_path/'checkpoint.safetensors', {'fnnlite':json.dumps(about)})
-    learn = learner(Checkpoint(tmp_path, resume=True), seed=1)
-    before = [p.clone() for p in learn.model.parameters()]
-    with pytest.raises(CheckpointError, match='checkpoint.safetensors'): learn.fit(2)
-    assert all(map(torch.equal, before, learn.model.parameters()))
+    text,tensors = json.dumps(about),{k:t.clone() for k,t in tensors.items()}
+    for text in text,f'{_checksum(text, tensors)} {text}':
+        save_file(tensors, tmp_path/'checkpoint.safetensors', {'fnnlite':text})
+        learn = learner(Checkpoint(tmp_path, resume=True), seed=1)
+        before = [p.clone() for p in learn.model.parameters()]
+        with pytest.raises(CheckpointError, match='checkpoint.safetensors'): learn.fit(2)
+        assert all(map(torch.equal, before, learn.model.parameters()))
 
 def row(i, **kw): return dict(epoch=i, train_loss=1., valid_loss=1., accuracy=.5, time=.1, **kw)
 python = [3, [*random.Random(0).getstate()[1]], None]
@@ -465,7 +467,8 @@ def test_a_second_run_is_refused(tmp_path):
     assert_same(whole, tmp_path/'b')
     for exc in KeyError,KeyboardInterrupt:
         def fail(self): raise exc
-        try: learner(Checkpoint(tmp_path/'b'), On('after_batch', fail)).fit(N)
+        ended = learner(Checkpoint(tmp_path/'b'), On('after_batch', fail)) # kept: its lock would end with it
+        try: ended.fit(N)
         except KeyError: pass
         learner(Checkpoint(tmp_path/'b')).fit(1)
 
