@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-import atexit, os, signal, sys
+import os, signal, sys
 import torch
 from fastcore.script import call_parse
 from .callback import NonFiniteError, OneCycle, Checkpoint, StopOnSignal, first_signal, on_signals
@@ -77,7 +77,7 @@ def fnnlite_train(
     precision:str=None, # Of float32 matrix products on a GPU: 'highest', 'high' or 'medium' (default: torch's)
 ):
     "Train a net on MNIST with hand-written gradients"
-    atexit.register(on_signals, signal.SIG_DFL) # a KeyboardInterrupt in what others do at the exit would be a traceback
+    if Path(sys.argv[0]).name=='fnnlite_train': on_signals(signal.SIG_DFL) # the process is ours: no KeyboardInterrupt while Python clears up
     with (first_signal(lambda o: sys.exit(128+o)), _one_line_errors(), ExitStack() as inside,
           processes(device := _usable(device or ('cuda' if torch.cuda.is_available() else 'cpu'))) as first):
         hidden,out = _widths(layers),Path(out)
