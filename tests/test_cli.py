@@ -17,11 +17,12 @@ one_thread = {**os.environ, 'OMP_NUM_THREADS':'1'}
 @pytest.fixture(autouse=True)
 def tidy():
     "The commands are made for a process of their own: here they share one."
-    threads,precision = torch.get_num_threads(),torch.get_float32_matmul_precision()
+    threads,precision,handlers = torch.get_num_threads(),torch.get_float32_matmul_precision(),[signal.getsignal(o) for o in callback.ending]
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
+    for o,f in zip(callback.ending, handlers): signal.signal(o, f)
     if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')
 
 @pytest.fixture
@@ -251,8 +252,8 @@ def test_ctrl_c_before_the_fit(run, small, tmp_path, monkeypatch):
 @pytest.mark.parametrize('number', [signal.SIGINT,signal.SIGTERM,signal.SIGHUP])
 @pytest.mark.parametrize('where,name', [(cli,'load_mnist'),(cli.Learner,'plot_losses'),(os,'replace')])
 def test_signal_outside_the_training(where, name, number, run, small, tmp_path, monkeypatch):
-    "Ends it at once, with nothing half written, and who called it has its handlers back."
-    handlers,replace = [signal.getsignal(o) for o in callback.ending],os.replace
+    "Ends it at once, with nothing half written."
+    replace = os.replace
     def signalled(*args):
         if where is not os or args[1].name=='history.csv': signal.raise_signal(number)
         else: replace(*args)
@@ -260,7 +261,13 @@ def test_signal_outside_the_training(where, name, number, run, small, tmp_path, 
     code,_,err = run('fnnlite_train', *small, '--out', tmp_path/'out')
     files = {cli:[], cli.Learner:['checkpoint.safetensors','history.csv'], os:['checkpoint.safetensors']}[where]
     assert (code,err)==(128+number,'') and sorted(p.name for p in (tmp_path/'out').glob('*'))==files
-    assert [signal.getsignal(o) for o in callback.ending]==handlers
+
+def test_called_from_python(small, tmp_path):
+    "A notebook's Ctrl-C is what it was before."
+    handlers = [signal.getsignal(o) for o in callback.ending]
+    data = {o.lstrip('-'):v for o,v in zip(small[::2], small[1::2])}
+    cli.fnnlite_train(data=data['data'], epochs=1, layers='8', out=tmp_path)
+    assert [signal.getsignal(o) for o in callback.ending]==handlers and (tmp_path/'model.safetensors').exists()
 
 def test_signal_at_the_exit(tmp_path):
     "When the command is done and Python clears up: no traceback either."
