@@ -6,10 +6,11 @@
 __all__ = ['mlp', 'fnnlite_train', 'fnnlite_predict']
 
 # %% ../nbs/80_commands.ipynb #1df3564f
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from io import BytesIO
 from pathlib import Path
-import os, sys
+import os, signal, sys
 import torch
 from fastcore.script import call_parse
 from .core.checks import autograd_gap
@@ -19,7 +20,7 @@ from .ops.activations import Relu
 from .ops.dropouts import Dropout
 from .ops.linears import Lin
 from .ops.losses import CrossEntropy
-from .train.callbacks import NonFiniteError, OneCycle, Checkpoint
+from .train.callbacks import NonFiniteError, OneCycle, Checkpoint, StopOnSignal, first_signal, on_signals
 from .train.checkpoints import CheckpointError, load_tensors, put_state, save_tensors, write_file
 from .train.learners import Learner, accuracy
 from .train.optimizers import AdamW
@@ -78,7 +79,9 @@ def fnnlite_train(
     precision:str=None, # Of float32 matrix products on a GPU: 'highest', 'high' or 'medium' (default: torch's)
 ):
     "Train a net on MNIST with hand-written gradients"
-    with _one_line_errors(), processes(device := _usable(device or ('cuda' if torch.cuda.is_available() else 'cpu'))) as first:
+    if Path(sys.argv[0]).name=='fnnlite_train': on_signals(signal.SIG_DFL) # the process is ours: no KeyboardInterrupt while Python clears up
+    with (first_signal(lambda o: sys.exit(128+o)), _one_line_errors(), ExitStack() as inside,
+          processes(device := _usable(device or ('cuda' if torch.cuda.is_available() else 'cpu'))) as first):
         hidden,out = _widths(layers),Path(out)
         if precision not in (None,'highest','high','medium'): raise ValueError(f"precision is {precision!r}, expected highest, high or medium")
         if precision: torch.set_float32_matmul_precision(precision)
@@ -94,21 +97,26 @@ def fnnlite_train(
         gap = autograd_gap(model, xb, yb)
         print(f"Hand-written gradients against autograd's, in float64: they differ by at most {gap:.0e} of the largest")
         if not gap<1e-9: raise ValueError("the gradients are wrong: not training")
-        settings = dict(data=data, bs=bs, lr=lr, layers=hidden, dropout=dropout, seed=seed, epochs=epochs)
-        cbs = [OneCycle(lr), Checkpoint(out, resume, settings)] + [Distributed()]*launched()
-        learn = Learner(model, dls, partial(AdamW, lr=lr), [accuracy], cbs, compiled)
-        if first:
-            write_file(out/'.writable', b'') # rather an error now than after the training
-            (out/'.writable').unlink()
-        learn.fit(epochs)
-        if not first: sys.exit(130 if learn.interrupted else 0)
+        settings = dict(data=data, bs=bs, lr=lr, layers=hidden, dropout=dropout, seed=seed, epochs=epochs, compiled=compiled,
+                        precision=torch.get_float32_matmul_precision())
+        stop,checkpoint = StopOnSignal(),Checkpoint(out, resume, settings)
+        learn = Learner(model, dls, partial(AdamW, lr=lr), [accuracy], [OneCycle(lr), checkpoint, stop] + [Distributed()]*launched(), compiled)
+        if first: inside.enter_context(checkpoint.lock) # until the last file is written
+        try: learn.fit(epochs)
+        except Exception:
+            if not stop.signal: raise # else it's what the signal broke: a compiler's run, another process
+        status = 128+stop.signal if stop.signal else 130 if learn.interrupted else 0
+        if not first: sys.exit(status)
         if learn.history:
             write_file(out/'history.csv', learn.history.to_csv().encode())
             import matplotlib
-            with matplotlib.rc_context({'backend': 'agg'}): learn.plot_losses().savefig(out/'curves.png', dpi=120)
-        if learn.interrupted:
-            print(f"History in {out}; --resume goes on from the last whole epoch", file=sys.stderr)
-            sys.exit(130)
+            png = BytesIO()
+            with matplotlib.rc_context({'backend': 'agg'}): learn.plot_losses().savefig(png, dpi=120)
+            write_file(out/'curves.png', png.getvalue())
+        if status:
+            rest = f"History in {out}; --resume goes on from the last whole epoch" if learn.history else "No epoch was whole"
+            print(f"Stopped. {rest}", file=sys.stderr)
+            sys.exit(status)
         save_tensors(out/'model.safetensors', model.layers.state_dict(), layers=hidden, dropout=dropout, stats=stats)
         print(f"Validation accuracy {learn.history[-1]['accuracy']:.2%}. Weights, history and curves are in {out}")
 

@@ -298,11 +298,12 @@ def check(folder, *names):
             if said[name]!='passed': return # the processes may not be in step any more
 
 def command(*args):
-    "fnnlite_train, in whose third epoch the process with the number $KILL is killed"
+    "fnnlite_train, in whose third epoch the process with the number $KILL is killed; or, with $TERM, each gets SIGTERM, one batch later than the one before"
     before_batch = OneCycle.before_batch
     def kill(self):
         before_batch(self)
         if (os.environ['RANK'],self.epoch,self.iter,self.training)==(os.environ.get('KILL'),2,1,True): os.kill(os.getpid(), signal.SIGKILL)
+        if 'TERM' in os.environ and (self.epoch,self.iter,self.training)==(2,1+int(os.environ['RANK']),True): signal.raise_signal(signal.SIGTERM)
     OneCycle.before_batch = kill
     sys.argv = [script,*args]
     runpy.run_path(script, run_name='__main__')

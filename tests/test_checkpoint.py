@@ -1,15 +1,17 @@
 "What is on disk is whole, is the run's whole state, and can be trusted or is refused by name."
-import json, multiprocessing, os, pickle, resource, signal, stat, time, traceback
+import json, math, multiprocessing, os, pickle, random, resource, signal, stat, threading, time, traceback
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+import numpy as np
 import pytest, torch
 from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, RandomSampler, Sampler, TensorDataset, WeightedRandomSampler
 from safetensors.torch import load_file, save_file
 from fnnlite import load_weights, save_weights, DataLoaders, Dropout, Lin, Relu, Learner
 from fnnlite import accuracy, CrossEntropy, Model, Sequential, SGD, AdamW, RMSprop
-from fnnlite.train.callbacks import Callback, Checkpoint, NonFiniteError, OneCycle
-from fnnlite.train.checkpoints import CheckpointError, load_tensors, put_state, save_tensors
+from fnnlite.train.callbacks import Callback, Checkpoint, NonFiniteError, OneCycle, StopOnSignal
+from fnnlite.train.checkpoints import CheckpointError, FolderLock, _checksum, load_tensors, put_state, save_tensors, write_file
 
 opts = dict(adamw=partial(AdamW, lr=.01), momentum=partial(SGD, lr=.05, momentum=.9), rmsprop=partial(RMSprop, lr=.01, momentum=.5))
 N,batches = 4,5 # epochs, and batches in each
@@ -22,7 +24,7 @@ class On(Callback):
 
 def learner(*cbs, opt='adamw', seed=0, ni=8):
     "Dropout, a state in the optimizer, a schedule, shuffled batches: all that a run has to remember."
-    torch.manual_seed(seed)
+    for f in torch.manual_seed,random.seed,np.random.seed: f(seed)
     x,y = torch.randn(73, ni),torch.randint(3, (73,))
     dls = DataLoaders.from_arrays(x, y, x[:20], y[:20], bs=16, seed=seed)
     model = Model([Lin(ni, 16), Dropout(.3), Relu(), Lin(16, 3)], CrossEntropy())
@@ -64,7 +66,8 @@ def test_file_is_safetensors_and_json(tmp_path):
     unkilled(tmp_path)
     raw = (tmp_path/'checkpoint.safetensors').read_bytes()
     header = json.loads(raw[8:8+int.from_bytes(raw[:8], 'little')])
-    assert isinstance(json.loads(header['__metadata__']['fnnlite']), dict) and header['model.layers.0.w']['shape']==[8,16]
+    checksum,_,text = header['__metadata__']['fnnlite'].partition(' ')
+    assert isinstance(json.loads(text), dict) and header['model.layers.0.w']['shape']==[8,16] and checksum.startswith('sha256:')
     with pytest.raises(pickle.UnpicklingError): pickle.loads(raw)
     assert b'torch' not in raw[:8+len(json.dumps(header))]
 
@@ -95,6 +98,74 @@ def test_truncated_anywhere(tmp_path):
         with pytest.raises(CheckpointError, match='f.safetensors: .*; expected a file saved by fnnlite'): load_tensors(path)
     path.write_bytes(raw+b'\0')
     with pytest.raises(CheckpointError): load_tensors(path)
+
+def test_flipped_bits(tmp_path):
+    "One in each byte: it's found, or makes no difference. (All of them: scripts/flip_bits.py)"
+    path = tmp_path/'f.safetensors'
+    tensors = dict(a=torch.randn(3), b=torch.tensor([True,False]), c=torch.randn(3).bfloat16(), d=torch.tensor(2), e=torch.empty(0, 2))
+    save_tensors(path, tensors, epochs=1, name='å')
+    raw = path.read_bytes()
+    for i in range(0, 8*len(raw), 7):
+        flipped = bytearray(raw)
+        flipped[i//8] ^= 1<<i%8
+        path.write_bytes(flipped)
+        try: got,about = load_tensors(path)
+        except CheckpointError as e: assert len(str(e).splitlines())==1
+        else:
+            assert i<8*(len(raw)-32) and about==dict(epochs=1, name='å') and got.keys()==tensors.keys(), f'bit {i}'
+            for k,t in tensors.items(): assert got[k].dtype==t.dtype and torch.equal(got[k], t), f'bit {i}'
+
+def test_a_flipped_bit_in_weights(tmp_path):
+    net = nn.Linear(4, 3)
+    before = [p.clone() for p in net.parameters()]
+    save_weights(nn.Linear(4, 3), tmp_path/'f')
+    raw = bytearray((tmp_path/'f').read_bytes())
+    raw[-1] ^= 1
+    (tmp_path/'f').write_bytes(raw)
+    with pytest.raises(CheckpointError, match='f: its contents .* checksum'): load_weights(net, tmp_path/'f')
+    assert all(map(torch.equal, before, net.parameters()))
+
+def test_files_without_a_checksum(tmp_path):
+    "From elsewhere, or from before there was one: they load."
+    save_file(dict(a=torch.ones(2)), tmp_path/'f', {'fnnlite':'{"n": 1}', 'format':'pt'})
+    tensors,about = load_tensors(tmp_path/'f')
+    assert about=={'n':1} and torch.equal(tensors['a'], torch.ones(2))
+
+def test_not_a_regular_file(tmp_path):
+    "A pipe that nobody writes to isn't waited for."
+    os.mkfifo(tmp_path/'f')
+    for path in tmp_path/'f','/dev/zero':
+        with pytest.raises(CheckpointError, match=f'{path}: is not a regular file'): load_tensors(path)
+
+@pytest.mark.parametrize('depth', [900,10**5])
+def test_deep_json(depth, tmp_path):
+    deep = '['*depth+']'*depth
+    for text in deep,f'{{"a":{deep}}}',f'{{"epochs":1, "history":[{{"epoch":{deep}}}], "lrs":[1.0], "settings":{{"lr":{deep}}}, "rng":{{}} }}':
+        save_file(dict(a=torch.ones(2)), tmp_path/'checkpoint.safetensors', {'fnnlite':text})
+        with pytest.raises(CheckpointError): learner(Checkpoint(tmp_path, resume=True, settings=dict(lr=.1))).fit(1)
+
+def test_two_writers_do_not_mix(tmp_path, monkeypatch):
+    "Each of them has its own temporary file: one that is overtaken publishes all of its own, and none of the other's."
+    replace,path = os.replace,tmp_path/'f'
+    def overtaken(*args):
+        monkeypatch.setattr(os, 'replace', replace)
+        write_file(path, b'second')
+        assert path.read_bytes()==b'second'
+        replace(*args)
+    monkeypatch.setattr(os, 'replace', overtaken)
+    write_file(path, b'first, and longer')
+    assert path.read_bytes()==b'first, and longer' and [p.name for p in tmp_path.iterdir()]==['f']
+
+def test_the_folder_is_synced(tmp_path, monkeypatch):
+    "A rename that only the memory knows of is lost with the power: file, rename, folder, in this order."
+    calls,fsync,replace = [],os.fsync,os.replace
+    def note(fd):
+        calls.append('folder' if stat.S_ISDIR(os.fstat(fd).st_mode) else 'file')
+        fsync(fd)
+    monkeypatch.setattr(os, 'fsync', note)
+    monkeypatch.setattr(os, 'replace', lambda *a: (calls.append('rename'), replace(*a)))
+    write_file(tmp_path/'f', b'x')
+    assert calls==['file','rename','folder']
 
 class Bomb:
     def __reduce__(self): return os.mkdir,(Bomb.target,)
@@ -132,11 +203,60 @@ def test_other_json_is_refused(about, tmp_path):
     "Ours by its name only: one error that names the file, and the model as it was."
     learner(Checkpoint(tmp_path)).fit(1)
     tensors,_ = load_tensors(tmp_path/'checkpoint.safetensors')
-    save_file({k:t.clone() for k,t in tensors.items()}, tmp_path/'checkpoint.safetensors', {'fnnlite':json.dumps(about)})
+    text,tensors = json.dumps(about),{k:t.clone() for k,t in tensors.items()}
+    for text in text,f'{_checksum(text, tensors)} {text}':
+        save_file(tensors, tmp_path/'checkpoint.safetensors', {'fnnlite':text})
+        learn = learner(Checkpoint(tmp_path, resume=True), seed=1)
+        before = [p.clone() for p in learn.model.parameters()]
+        with pytest.raises(CheckpointError, match='checkpoint.safetensors'): learn.fit(2)
+        assert all(map(torch.equal, before, learn.model.parameters()))
+
+def row(i, **kw): return dict(epoch=i, train_loss=1., valid_loss=1., accuracy=.5, time=.1, **kw)
+python = [3, [*random.Random(0).getstate()[1]], None]
+MT = lambda **kw: dict(bit_generator='MT19937', state={**dict(key=[1]*624, pos=3), **kw}, has_gauss=0, gauss=0.)
+crafted = dict(
+    lrs=[['a'], [], [.1,.1], [math.nan], [math.inf], [True], [None], [[.1]], [10**400], 'x', None],
+    history=[[1,2], [row(0)], [row(0),row(1),row(2)], [row(1),row(0)], [row(0),row(0)], [row(0),{}], [row(0),None], [row(0),{**row(1), 'epoch':1.}],
+        [row(False),row(True)], [row(0),{**row(1), 'valid_loss':'low'}], [row(0),{**row(1), 'accuracy':[1]}], [row(0),{**row(1), 'more':{}}], {}, None],
+    epochs=[10**9, -1, 1, 3, True, 2., '2', None], dl_epoch=[None, -1, 1.5, True, 'x', [2]], settings=[[], None, 'x'],
+    rng=[None, [], {}, dict(python=python), dict(python=python, numpy=MT(), more=1), dict(python=None, numpy=MT()), dict(python=[3,[1],None], numpy=MT()),
+        dict(python=[3,[*python[1][:-1],625],None], numpy=MT()), dict(python=[3,python[1],'x'], numpy=MT()), dict(python=python, numpy=3),
+        dict(python=python, numpy=MT(pos=10**6)), dict(python=python, numpy=MT(pos=-1)), dict(python=python, numpy=MT(key=[1])),
+        dict(python=python, numpy={**MT(), 'bit_generator':'Philox'}), dict(cpu=1, python=python, numpy=MT())],
+    tensors=[{'rng.cpu':None}, {'rng.cpu':torch.zeros(3, dtype=torch.uint8)}, {'rng.cpu':torch.zeros(5056)},
+        {'rng.cpu':torch.zeros(5056, dtype=torch.uint8)},
+        {'rng.cpu':torch.full((5056,), 255, dtype=torch.uint8)}, {'rng.more':torch.zeros(3)}, {'model.layers.0.w':None}, {'model.layers.0.w':torch.ones(2)},
+        {'model.a\nb':torch.ones(2)}, {'opt.0.step':None}, {'opt.0.more':torch.ones(1)}, {'opt.0.exp_avg':torch.ones(2, 2)},
+        {'opt.0.exp_avg':torch.ones(8, 16).double()}, {'opt.0.exp_avg':torch.ones(8, 16, dtype=torch.int32)}])
+
+@pytest.mark.parametrize('key,value', [(k,v) for k,vs in crafted.items() for v in vs], ids=lambda o: str(o)[:50])
+def test_crafted(key, value, tmp_path, two_epochs):
+    "With a right checksum and a wrong content: one line that names the file, and nothing has changed; not a random number either."
+    tensors,about = load_tensors(two_epochs)
+    if key=='tensors': tensors = {k:t for k,t in {**tensors, **value}.items() if t is not None}
+    else: about = {**about, key:value}
+    save_tensors(tmp_path/'checkpoint.safetensors', tensors, **about)
     learn = learner(Checkpoint(tmp_path, resume=True), seed=1)
-    before = [p.clone() for p in learn.model.parameters()]
-    with pytest.raises(CheckpointError, match='checkpoint.safetensors'): learn.fit(2)
-    assert all(map(torch.equal, before, learn.model.parameters()))
+    def everything():
+        return [str([p.tolist() for p in learn.model.parameters()]), str(learn.opt.state_dict()), str(torch.get_rng_state().tolist()), random.getstate(),
+            str(np.random.get_state()), learn.dls.train.epoch, learn.epoch, learn.history]
+    before = everything()
+    with pytest.raises(CheckpointError, match='checkpoint.safetensors: ') as e: learn.fit(N)
+    assert everything()==before and len(str(e.value).splitlines())==1 and len(str(e.value))<1500
+
+@pytest.fixture(scope='module')
+def two_epochs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('two')
+    learner(Checkpoint(folder)).fit(2)
+    return folder/'checkpoint.safetensors'
+
+def test_rows_with_more_columns(tmp_path):
+    "A callback may write into the rows, now and then: they are saved, resumed and in the CSV."
+    def more(self):
+        if self.epoch==1: self.history[-1].update(steps=3, note='x')
+    learner(Checkpoint(tmp_path), On('after_epoch', more)).fit(2)
+    history = learner(Checkpoint(tmp_path, resume=True), On('after_epoch', more)).fit(3).history
+    assert [r.get("steps") for r in history]==[None,3,None] and len({l.count(',') for l in history.to_csv().splitlines()})==1
 
 def nets():
     torch.manual_seed(1)
@@ -241,6 +361,206 @@ def test_loss_not_finite_leaves_the_last_checkpoint(event, valid, tmp_path):
     with pytest.raises(NonFiniteError): learn.fit(N)
     tensors,about = load_tensors(tmp_path/'checkpoint.safetensors')
     assert about['epochs']==2 and all(t.isfinite().all() for t in tensors.values())
+
+
+# What the batches are drawn from
+
+class Drawn(Sampler):
+    "The rows in an order drawn from `rng`."
+    def __init__(self, n, rng): self.n,self.rng = n,rng
+    def __len__(self): return self.n
+    def __iter__(self):
+        ids = list(range(self.n))
+        self.rng.shuffle(ids)
+        return iter(ids)
+
+class Noisy(Dataset):
+    "Changes its rows by what it draws, from everywhere."
+    def __init__(self, x, y): self.x,self.y,self.g = x,y,torch.Generator().manual_seed(8)
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return self.x[i]+torch.randn((), generator=self.g)+torch.randn(())+random.random()+np.random.rand(),self.y[i]
+
+seeded = lambda n: torch.Generator().manual_seed(n)
+loaders = {
+    'shuffle':lambda ds,**kw: DataLoader(ds, 16, shuffle=True, **kw),
+    'shuffle, generator':lambda ds,**kw: DataLoader(ds, 16, shuffle=True, generator=seeded(1), **kw),
+    'RandomSampler':lambda ds,**kw: DataLoader(ds, 16, sampler=RandomSampler(ds, generator=seeded(2)), **kw),
+    'WeightedRandomSampler':lambda ds,**kw: DataLoader(ds, 16, sampler=WeightedRandomSampler(torch.arange(73.), 73, generator=seeded(3)), **kw),
+    "numpy's":lambda ds,**kw: DataLoader(ds, 16, sampler=Drawn(73, np.random.default_rng(4)), **kw),
+    "numpy's old":lambda ds,**kw: DataLoader(ds, 16, sampler=Drawn(73, np.random.RandomState(5)), **kw),
+    "Python's":lambda ds,**kw: DataLoader(ds, 16, sampler=Drawn(73, random.Random(6)), **kw),
+    'batches drawn':lambda ds,**kw: DataLoader(ds, batch_sampler=torch.utils.data.BatchSampler(RandomSampler(ds, generator=seeded(7)), 16, False), **kw),
+    'rows drawn':lambda ds,**kw: DataLoader(ConcatDataset([Noisy(*ds.tensors)]), 16, **kw)}
+
+def with_loader(folder, kind, n=None, **kw):
+    "A run up to epoch `n`, or to the end."
+    def stop(self):
+        if self.epoch==n: raise KeyboardInterrupt
+    learn = learner(Checkpoint(folder, resume=True), On('after_epoch', stop, order=20))
+    learn.dls = SimpleNamespace(train=loaders[kind](TensorDataset(learn.dls.train.x, learn.dls.train.y), **kw), valid=learn.dls.valid)
+    return learn.fit(N)
+
+@pytest.mark.parametrize('kind', loaders)
+def test_loaders_are_resumed(kind, tmp_path):
+    "The weights are those of the unbroken run, to the last bit."
+    with_loader(tmp_path/'a', kind)
+    with_loader(tmp_path/'b', kind, 1)
+    for f in torch.manual_seed,random.seed,np.random.seed: f(99)
+    with_loader(tmp_path/'b', kind)
+    assert_same(tmp_path/'a', tmp_path/'b')
+
+@pytest.mark.filterwarnings('ignore:.*use of fork:DeprecationWarning')
+def test_loaders_with_workers_are_resumed(tmp_path):
+    "They give the rows that the order drawn here asks for."
+    with_loader(tmp_path/'a', 'shuffle, generator', num_workers=2)
+    with_loader(tmp_path/'b', 'shuffle, generator', 1, num_workers=2)
+    with_loader(tmp_path/'b', 'shuffle, generator', num_workers=2)
+    assert_same(tmp_path/'a', tmp_path/'b')
+
+def test_a_shared_generator_counts_once(tmp_path):
+    def run(folder, n=None):
+        learn,g = learner(Checkpoint(folder, resume=True)),seeded(1)
+        ds = TensorDataset(learn.dls.train.x, learn.dls.train.y)
+        learn.dls = SimpleNamespace(train=DataLoader(ds, 16, shuffle=True, generator=g), valid=DataLoader(ds, 16, shuffle=True, generator=g))
+        learn.cbs.append(On('after_epoch', lambda self: n is not None and self.epoch==n and signal.raise_signal(signal.SIGINT), order=20))
+        learn.fit(N)
+    run(tmp_path/'a')
+    run(tmp_path/'b', 1)
+    run(tmp_path/'b')
+    assert_same(tmp_path/'a', tmp_path/'b')
+    assert [k for k in load_tensors(tmp_path/'a'/'checkpoint.safetensors')[0] if 'rng' in k]==['rng.cpu','rng.train.generator']
+
+def test_other_generators_are_refused(tmp_path):
+    with_loader(tmp_path, 'shuffle, generator', 1)
+    with pytest.raises(CheckpointError, match=r"has states of the random numbers .*'train.generator'.*, expected \['cpu', 'numpy', 'python'\]"):
+        with_loader(tmp_path, 'shuffle')
+
+@pytest.mark.parametrize('rng,said', [(random.SystemRandom(), 'SystemRandom'), (np.random.Generator(np.random.Philox(1)), 'Philox')],
+    ids=['system','philox'])
+def test_what_cannot_be_kept_is_refused(rng, said, tmp_path):
+    "By name, before an epoch is spent, and nothing is written."
+    learn = learner(Checkpoint(tmp_path/'new'))
+    learn.dls.train = DataLoader(TensorDataset(learn.dls.train.x, learn.dls.train.y), 16, sampler=Drawn(73, rng))
+    with pytest.raises(ValueError, match=f"dls.train.sampler.rng is .*{said}.*, whose state can't be kept .*torch.Generator"): learn.fit(1)
+    assert not learn.history and not (tmp_path/'new').exists()
+
+def test_persistent_workers_are_refused(tmp_path):
+    learn = learner(Checkpoint(tmp_path/'new'))
+    learn.dls.valid = DataLoader(TensorDataset(learn.dls.train.x, learn.dls.train.y), 16, num_workers=1, persistent_workers=True)
+    with pytest.raises(ValueError, match="dls.valid has persistent_workers=True.* give it persistent_workers=False"): learn.fit(1)
+    assert not learn.history and not (tmp_path/'new').exists()
+
+
+# One writer at a time
+
+def test_a_second_run_is_refused(tmp_path):
+    "While the first one runs, and then no longer; however that ended. The first is what it would have been."
+    whole = unkilled(tmp_path/'a')
+    second = learner(Checkpoint(tmp_path/'b'))
+    def refused(self):
+        with pytest.raises(CheckpointError, match=f"{tmp_path/'b'}: another run is writing there"): second.fit(1)
+    learner(Checkpoint(tmp_path/'b'), On('after_batch', refused)).fit(N)
+    assert_same(whole, tmp_path/'b')
+    for exc in KeyError,KeyboardInterrupt:
+        def fail(self): raise exc
+        ended = learner(Checkpoint(tmp_path/'b'), On('after_batch', fail)) # kept: its lock would end with it
+        try: ended.fit(N)
+        except KeyError: pass
+        learner(Checkpoint(tmp_path/'b')).fit(1)
+
+def test_another_process_is_refused(tmp_path):
+    folder = tmp_path/'run'
+    with FolderLock(folder):
+        end(start(folder), folder, 1)
+        assert 'another run is writing there' in (tmp_path/'log').read_text() and not any(folder.iterdir())
+    end(start(folder), folder, 0)
+
+def test_litter_is_removed_and_no_other_file(tmp_path):
+    "What a killed writer left is; what one is writing just now isn't, nor what somebody else calls so."
+    (tmp_path/'.model.safetensors.0123abcd.fnnlite.tmp').write_text('half')
+    others = {'.notes.tmp','fnnlite.tmp','model.safetensors'}
+    for name in others: (tmp_path/name).write_text('whole')
+    orig = os.replace
+    def replace(*args):
+        with FolderLock(tmp_path): pass
+        orig(*args)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(os, 'replace', replace)
+        write_file(tmp_path/'f', b'x')
+    assert {p.name for p in tmp_path.iterdir()}==others|{'f'}
+
+@pytest.mark.filterwarnings('ignore:.*use of fork:DeprecationWarning')
+def test_a_forked_process_does_not_keep_the_lock(tmp_path):
+    "As a loader's workers are, which may live on when their run was killed."
+    begun,end = os.pipe(),os.pipe()
+    with FolderLock(tmp_path):
+        pid = os.fork()
+        if not pid:
+            os.write(begun[1], b'x')
+            os.read(end[0], 1)
+            os._exit(0)
+    os.read(begun[0], 1)
+    try:
+        with FolderLock(tmp_path): pass
+    finally:
+        os.write(end[1], b'x')
+        assert os.waitpid(pid, 0)[1]==0
+        for fd in begun+end: os.close(fd)
+
+def test_without_locks(tmp_path, monkeypatch):
+    "A file system that has none: the run goes on."
+    def none(*args): raise OSError(95, 'Operation not supported')
+    monkeypatch.setattr('fcntl.flock', none)
+    learner(Checkpoint(tmp_path)).fit(1)
+    assert [p.name for p in tmp_path.iterdir()]==['checkpoint.safetensors']
+
+
+# Signals
+
+@pytest.mark.parametrize('number', [signal.SIGINT,signal.SIGTERM,signal.SIGHUP])
+@pytest.mark.parametrize('event', ['after_step','after_epoch'])
+def test_signal_ends_the_fit_after_the_batch(number, event, reference, tmp_path):
+    "All of the batch is done, then nothing; whole epochs are saved, handlers are as before, and it can be gone on from."
+    def f(self):
+        if self.epoch==1 and (event=='after_epoch' or self.iter==2): signal.raise_signal(number)
+    done,handlers,stop = [],[signal.getsignal(o) for o in (signal.SIGINT,signal.SIGTERM,signal.SIGHUP)],StopOnSignal()
+    learn = learner(Checkpoint(tmp_path), stop, On(event, f), On('after_batch', lambda self: done.append(self.training), order=10)).fit(N)
+    assert learn.interrupted and stop.signal==number and sum(done)==(2*batches if event=='after_epoch' else batches+3)
+    assert [signal.getsignal(o) for o in (signal.SIGINT,signal.SIGTERM,signal.SIGHUP)]==handlers
+    assert state(tmp_path)[1]['epochs']==len(learn.history)==(2 if event=='after_epoch' else 1)
+    learner(Checkpoint(tmp_path, resume=True)).fit(N)
+    assert_same(tmp_path, reference['adamw'])
+
+def twice(folder, first, second):
+    def f(self):
+        if folder.name=='together': signal.pthread_sigmask(signal.SIG_BLOCK, [first,second])
+        for o in first,second: signal.raise_signal(o) # to this thread
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [first,second])
+        os._exit(0) # not come to
+    learner(Checkpoint(folder), StopOnSignal(), On('after_step', f)).fit(1)
+
+@pytest.mark.parametrize('first,second,how', [(signal.SIGINT,signal.SIGTERM,''), (signal.SIGTERM,signal.SIGTERM,''), (signal.SIGHUP,signal.SIGINT,''),
+    (signal.SIGINT,signal.SIGTERM,'together')])
+def test_second_signal_ends_the_process_at_once(first, second, how, tmp_path):
+    p = ctx.Process(target=twice, args=(tmp_path/how, first, second))
+    p.start()
+    p.join(120)
+    assert p.exitcode==-second
+
+def test_ignored_signals_stay_ignored(monkeypatch):
+    "As nohup wants it."
+    was = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try: learn = learner(StopOnSignal(), On('after_step', lambda self: signal.raise_signal(signal.SIGHUP))).fit(1)
+    finally: signal.signal(signal.SIGHUP, was)
+    assert not learn.interrupted
+
+def test_signals_in_another_thread():
+    "There Python has no signals, and a fit is a fit."
+    done = []
+    t = threading.Thread(target=lambda: done.append(learner(StopOnSignal()).fit(1)))
+    t.start()
+    t.join()
+    assert len(done[0].history)==1
 
 
 # kill -9. The processes are forked from one that has imported torch, so that each is quick to start; they are real ones all the same.

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from fnnlite import commands as cli
 from fnnlite import load_mnist, Relu
 from fnnlite.train import callbacks
-from fnnlite.train.checkpoints import load_tensors, save_tensors
+from fnnlite.train.checkpoints import FolderLock, load_tensors, save_tensors
 
 bin = Path(sysconfig.get_path('scripts'))
 one_thread = {**os.environ, 'OMP_NUM_THREADS':'1'}
@@ -17,10 +17,12 @@ one_thread = {**os.environ, 'OMP_NUM_THREADS':'1'}
 @pytest.fixture(autouse=True)
 def tidy():
     "The commands are made for a process of their own: here they share one."
-    threads = torch.get_num_threads()
+    threads,precision,handlers = torch.get_num_threads(),torch.get_float32_matmul_precision(),[signal.getsignal(o) for o in callbacks.ending]
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+    for o,f in zip(callbacks.ending, handlers): signal.signal(o, f)
     if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')
 
 @pytest.fixture
@@ -182,20 +184,25 @@ def before_batch(self):
     orig(self)
     if (self.epoch,self.iter,self.training)==(2,1,True):
         Path(ready).touch()
-        time.sleep(600)
+        for _ in range(60_000):
+            if Path(ready+'.go').exists(): break
+            time.sleep(.01)
 if ready: OneCycle.before_batch = before_batch
 sys.argv[0] = command
 runpy.run_path(command, run_name='__main__')
 '''
 
-def stopped(sig, tmp_path, args):
-    "A process in the middle of its third epoch gets `sig`: (exit status, stdout, stderr)"
+def stopped(tmp_path, args, *numbers, go=True):
+    "A process in the middle of a batch of its third epoch gets these signals; with `go` the batch comes to its end: (exit status, stdout, stderr)"
     ready = tmp_path/'ready'
     code = f'ready,command = {str(ready)!r},{str(bin/"fnnlite_train")!r}' + driver
     with subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=one_thread, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
         until = time.monotonic()+120
         while not ready.exists() and p.poll() is None and time.monotonic()<until: time.sleep(.01)
-        p.send_signal(sig)
+        for n in numbers:
+            p.send_signal(n)
+            time.sleep(.1) # two that are pending together come in the order of their numbers
+        if go: ready.with_name('ready.go').touch()
         out,err = p.communicate(timeout=120)
     return p.returncode,out,err
 
@@ -207,23 +214,33 @@ def assert_resumes(run, small, folder, tmp_path):
     for name in 'model','checkpoint':
         (a,aa),(b,ab) = (load_tensors(o/f'{name}.safetensors') for o in (folder,tmp_path/'whole'))
         assert sorted(a)==sorted(b) and all(torch.equal(a[k], b[k]) for k in a)
-        for r in aa.get('history', [])+ab.get('history', []): del r['time']
+        for about in aa,ab:
+            about.pop('rng', None) # Python's and numpy's, which this run doesn't draw from and nobody seeds
+            for r in about.get('history', []): del r['time']
         assert aa==ab
     assert sorted(p.name for p in folder.iterdir())==sorted(p.name for p in (tmp_path/'whole').iterdir())
 
-def test_ctrl_c(run, small, tmp_path):
-    "Status 130, no traceback, the epochs that were whole in the history and in the checkpoint; and it goes on from there."
+@pytest.mark.parametrize('number', [signal.SIGINT,signal.SIGTERM])
+def test_signal(number, run, small, tmp_path):
+    "Its status, no traceback, the epochs that were whole in the history and in the checkpoint; and it goes on from there."
     folder = tmp_path/'out'
-    code,out,err = stopped(signal.SIGINT, tmp_path, [*small, '--out', folder])
-    assert code==130 and 'Traceback' not in err and '--resume' in err and len(err.splitlines())==1
+    code,out,err = stopped(tmp_path, [*small, '--out', folder], number)
+    assert code==128+number and 'Traceback' not in err and '--resume' in err and len(err.splitlines())==1
     assert [r['epoch'] for r in history(folder)]==['0','1']
     assert load_tensors(folder/'checkpoint.safetensors')[1]['epochs']==2 and not (folder/'model.safetensors').exists()
     with Image.open(folder/'curves.png') as im: im.load()
     assert_resumes(run, small, folder, tmp_path)
 
+def test_second_signal(run, small, tmp_path):
+    "Ends it in the middle of the batch, without a word; the last whole epoch is on disk."
+    folder = tmp_path/'out'
+    code,out,err = stopped(tmp_path, [*small, '--out', folder], signal.SIGINT, signal.SIGTERM, go=False)
+    assert (code,err)==(-signal.SIGTERM,'') and [p.name for p in folder.iterdir()]==['checkpoint.safetensors']
+    assert_resumes(run, small, folder, tmp_path)
+
 def test_kill_9(run, small, tmp_path):
     folder = tmp_path/'out'
-    assert stopped(signal.SIGKILL, tmp_path, [*small, '--out', folder])[0]==-signal.SIGKILL
+    assert stopped(tmp_path, [*small, '--out', folder], signal.SIGKILL)[0]==-signal.SIGKILL
     assert_resumes(run, small, folder, tmp_path)
 
 def test_ctrl_c_before_the_fit(run, small, tmp_path, monkeypatch):
@@ -231,6 +248,71 @@ def test_ctrl_c_before_the_fit(run, small, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, 'load_mnist', interrupted)
     code,_,err = run('fnnlite_train', *small, '--out', tmp_path)
     assert code==130 and 'Traceback' not in err
+
+@pytest.mark.parametrize('number', [signal.SIGINT,signal.SIGTERM,signal.SIGHUP])
+@pytest.mark.parametrize('where,name', [(cli,'load_mnist'),(cli.Learner,'plot_losses'),(os,'replace')])
+def test_signal_outside_the_training(where, name, number, run, small, tmp_path, monkeypatch):
+    "Ends it at once, with nothing half written."
+    replace = os.replace
+    def signalled(*args):
+        if where is not os or args[1].name=='history.csv': signal.raise_signal(number)
+        else: replace(*args)
+    monkeypatch.setattr(where, name, signalled)
+    code,_,err = run('fnnlite_train', *small, '--out', tmp_path/'out')
+    files = {cli:[], cli.Learner:['checkpoint.safetensors','history.csv'], os:['checkpoint.safetensors']}[where]
+    assert (code,err)==(128+number,'') and sorted(p.name for p in (tmp_path/'out').glob('*'))==files
+
+def test_called_from_python(small, tmp_path):
+    "A notebook's Ctrl-C is what it was before."
+    handlers = [signal.getsignal(o) for o in callbacks.ending]
+    data = {o.lstrip('-'):v for o,v in zip(small[::2], small[1::2])}
+    cli.fnnlite_train(data=data['data'], epochs=1, layers='8', out=tmp_path)
+    assert [signal.getsignal(o) for o in callbacks.ending]==handlers and (tmp_path/'model.safetensors').exists()
+
+def test_signal_at_the_exit(tmp_path):
+    "When the command is done and Python clears up: no traceback either."
+    code = f"""
+import atexit, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(signal.raise_signal, signal.SIGINT) # the first to be registered is the last to be called
+sys.argv = [{str(bin/'fnnlite_train')!r},'--epochs','0']
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+    p = subprocess.run([sys.executable, '-c', code], env=one_thread, capture_output=True, text=True)
+    assert p.returncode==-signal.SIGINT and 'epochs is 0' in p.stderr and len(p.stderr.splitlines())==1, p
+
+def test_signal_in_the_first_epoch(run, small, tmp_path, monkeypatch):
+    "There is nothing to go on from, and nobody says so."
+    monkeypatch.setattr(callbacks.OneCycle, 'before_batch', lambda self: signal.raise_signal(signal.SIGTERM))
+    code,_,err = run('fnnlite_train', *small, '--out', tmp_path)
+    assert code==143 and '--resume' not in err and len(err.splitlines())==1 and not any(tmp_path.iterdir())
+
+def test_error_after_a_signal(run, small, tmp_path, monkeypatch):
+    "A compiler that Ctrl-C has ended too, another process that is gone: it's the signal that ended the run."
+    def fail(self):
+        if self.epoch==1:
+            signal.raise_signal(signal.SIGINT)
+            raise RuntimeError('g++ got signal 2')
+    monkeypatch.setattr(callbacks.OneCycle, 'before_batch', fail)
+    code,_,err = run('fnnlite_train', *small, '--out', tmp_path)
+    assert code==130 and err.startswith('Stopped.') and len(err.splitlines())==1 and len(history(tmp_path))==1
+
+def test_second_run_into_a_folder(run, small, tmp_path):
+    "Is refused, before it has computed an epoch or written anything; with --resume too. Afterwards it isn't."
+    with FolderLock(tmp_path/'out'):
+        for more in [],['--resume']:
+            one_line(run('fnnlite_train', *small, '--out', tmp_path/'out', *more), 'fnnlite_train', f"{tmp_path/'out'}: another run is writing there")
+        assert not any((tmp_path/'out').iterdir())
+    assert run('fnnlite_train', *small, '--out', tmp_path/'out')[0]==0
+
+def test_locked_until_the_last_file(run, small, tmp_path, monkeypatch):
+    plot,seen = cli.Learner.plot_losses,[]
+    def second(self):
+        try: FolderLock(tmp_path).__enter__()
+        except cli.CheckpointError as e: seen.append(str(e))
+        return plot(self)
+    monkeypatch.setattr(cli.Learner, 'plot_losses', second)
+    assert run('fnnlite_train', *small, '--out', tmp_path)[0]==0 and len(seen)==1
 
 def test_resume_when_all_is_done(run, small, tmp_path):
     "Makes the files that follow from the checkpoint once more."
@@ -245,12 +327,14 @@ def test_resume_with_other_settings(run, small, tmp_path):
     assert run('fnnlite_train', *small, '--out', tmp_path)[0]==0
     before = {p.name:p.read_bytes() for p in tmp_path.iterdir()}
     for option,value,said in (('--lr','.5','lr 0.005, now 0.5'), ('--epochs','9','epochs 4, now 9'), ('--bs','32','bs 64, now 32'),
-            ('--seed','7','seed 42, now 7'), ('--layers','24','layers [24, 16], now [24]'), ('--dropout','0','dropout 0.2, now 0.0')):
+            ('--seed','7','seed 42, now 7'), ('--layers','24','layers [24, 16], now [24]'), ('--dropout','0','dropout 0.2, now 0.0'),
+            ('--precision','medium',"precision 'highest', now 'medium'")):
         one_line(run('fnnlite_train', *small, '--out', tmp_path, '--resume', option, value), 'fnnlite_train', str(tmp_path/'checkpoint.safetensors'), said)
+    one_line(run('fnnlite_train', *small, '--out', tmp_path, '--resume', '--compiled'), 'fnnlite_train', 'compiled False, now True')
     assert {p.name:p.read_bytes() for p in tmp_path.iterdir()}==before
-    assert run('fnnlite_train', *small, '--out', tmp_path, '--resume', '--device', 'cpu')[0]==0
+    assert run('fnnlite_train', *small, '--out', tmp_path, '--resume', '--device', 'cpu', '--precision', 'highest')[0]==0
 
-@pytest.mark.parametrize('kind', ['truncated','foreign','pickle','weights'])
+@pytest.mark.parametrize('kind', ['truncated','foreign','pickle','weights','flipped','lrs','history','epochs','no rng','deep'])
 def test_resume_from_what_is_no_checkpoint(kind, run, small, tmp_path):
     path = tmp_path/'checkpoint.safetensors'
     assert run('fnnlite_train', *small, '--out', tmp_path)[0]==0
@@ -259,6 +343,12 @@ def test_resume_from_what_is_no_checkpoint(kind, run, small, tmp_path):
     elif kind=='foreign': save_file({'a':torch.ones(2)}, path)
     elif kind=='pickle': path.write_bytes(pickle.dumps(Bomb()))
     elif kind=='weights': path.write_bytes((tmp_path/'model.safetensors').read_bytes())
+    elif kind=='flipped': path.write_bytes(path.read_bytes()[:-1]+bytes([path.read_bytes()[-1]^1]))
+    elif kind=='deep': save_file({'a':torch.ones(2)}, path, {'fnnlite':'{"a":'+'['*10**5+']'*10**5+'}'})
+    else:
+        t,about = load_tensors(path)
+        if kind=='no rng': del t['rng.cpu']
+        save_tensors(path, t, **{**about, **{'lrs':dict(lrs=['a']), 'history':dict(history=[1,2]), 'epochs':dict(epochs=10**9)}.get(kind, {})})
     raw = path.read_bytes()
     one_line(run('fnnlite_train', *small, '--out', tmp_path, '--resume'), 'fnnlite_train', str(path))
     assert path.read_bytes()==raw and not (tmp_path/'bomb').exists()

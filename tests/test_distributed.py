@@ -163,6 +163,16 @@ def test_a_process_is_killed(killed):
     assert re.search(r'Root Cause.*rank +: 1 .*exitcode +: -9 .*SIGKILL', err, re.S) and len(re.findall('fnnlite_train', err))<=1, err
     assert len(history(folder))==2 and not (folder/'model.safetensors').exists()
 
+def test_terminated(small, tmp_path, tmp_path_factory):
+    "As torchrun ends its processes, not all in the same batch: no traceback of theirs, no error, history and checkpoint of the whole epochs, status 143."
+    logs,folder = tmp_path_factory.mktemp('logs'),tmp_path/'out'
+    start = time.monotonic()
+    code,_,err = torchrun(2, '--redirects', '3', '--log-dir', logs, 'distributed_worker.py', 'command', *small, '--out', folder, TERM='1')
+    first,second = [next(logs.rglob(f'{rank}/stderr.log')).read_text() for rank in (0,1)]
+    ours = [l for l in (first+second).splitlines() if 'Gloo' not in l]
+    assert code!=0 and re.search(r'exitcode +: 143', err) and ours==[f'Stopped. History in {folder}; --resume goes on from the last whole epoch']
+    assert len(history(folder))==2 and len((folder/'history.csv').read_text().splitlines())==3 and time.monotonic()-start<60
+
 def test_command_and_resume(killed, small, tmp_path, tmp_path_factory, monkeypatch, capsys):
     "Going on from there, two processes print and write once what one does that was never stopped; float32, to 1e-5. The last batches are of one row."
     folder,one = killed[0],tmp_path
