@@ -11,9 +11,10 @@ import json, os
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from .files import FileError, with_header
 
 # %% ../nbs/10_checkpoint.ipynb #84832de5
-class CheckpointError(ValueError):
+class CheckpointError(FileError):
     "A file that can't be used: its name, what came, what was expected"
 
 def write_file(
@@ -52,7 +53,7 @@ def read_tensors(
 )->tuple: # (tensors, metadata)
     "What is in `path`; CheckpointError if it isn't safetensors"
     try:
-        with safe_open(path, 'pt', device=str(device)) as f: return {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
+        with safe_open(with_header(path), 'pt', device=str(device)) as f: return {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
     except (SafetensorError, OSError) as e: raise CheckpointError(f"{path}: {type(e).__name__}: {e}; expected {expected}") from e
 
 def load_tensors(
