@@ -54,7 +54,7 @@ def read_tensors(
     "What is in `path`; CheckpointError if it isn't safetensors"
     try:
         with safe_open(with_header(path), 'pt', device=str(device)) as f: return {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
-    except (SafetensorError, OSError) as e: raise CheckpointError(f"{path}: {type(e).__name__}: {e}; expected {expected}") from e
+    except (SafetensorError, OSError, RuntimeError) as e: raise CheckpointError(f"{path}: {type(e).__name__}: {e}; expected {expected}") from e
 
 def load_tensors(
     path, # a file that `save_tensors` wrote
@@ -64,7 +64,7 @@ def load_tensors(
     expected = 'a file saved by fnnlite'
     tensors,meta = read_tensors(path, device, expected)
     try: return tensors,json.loads(meta['fnnlite'])
-    except (KeyError, ValueError) as e: raise CheckpointError(f"{path}: {type(e).__name__}: {e}; expected {expected}") from e
+    except (KeyError, ValueError, RecursionError) as e: raise CheckpointError(f"{path}: {type(e).__name__}: {e}; expected {expected}") from e
 
 # %% ../nbs/10_checkpoint.ipynb #b13b3cf4
 def put_state(

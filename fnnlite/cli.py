@@ -15,8 +15,8 @@ from fastcore.script import call_parse
 from .callback import NonFiniteError, OneCycle, Checkpoint
 from .checkpoint import CheckpointError, load_tensors, put_state, save_tensors, write_file
 from .data import DataError, DataLoaders, load_mnist, normalize, read_image
-from .files import bad_file, one_line
 from .distributed import Distributed, DistributedError, launched, own_device, processes
+from .files import bad_file, one_line
 from .layers import Dropout, Lin, Relu
 from .learner import Learner, accuracy
 from .losses import CrossEntropy
@@ -157,7 +157,7 @@ def fnnlite_predict(
     for name in images:
         try:
             probs = net.predict(normalize(read_image(name), mean, std)).softmax(-1)
-            if not probs.isfinite().all(): raise bad_file(weights, f'probabilities that are not finite, for {name}', 'weights of a trained net', CheckpointError)
+            if not probs.isfinite().all(): raise bad_file(weights, f'not finite for {name}', 'weights of a trained net', CheckpointError)
         except (DataError,CheckpointError,OSError) as e:
             print(one_line(f"{Path(sys.argv[0]).name}: {e}"), file=sys.stderr)
             failed = True

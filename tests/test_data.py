@@ -334,7 +334,7 @@ def test_download(server, cache, mode):
     assert in_cache(cache)==sorted(NAMES)
 
 broken = {'404':'404', '500':'500', 'short':'', 'wrong':'sha256',
-          'nogzip':'Not a gzipped file', 'flipped':'', 'hangup':'', 'badlength':'many'}
+          'nogzip':'not a gzipped file', 'flipped':'', 'hangup':'', 'badlength':'many'}
 
 @pytest.mark.parametrize('mode', broken)
 def test_second_mirror(server, cache, mode):
