@@ -82,8 +82,10 @@ def _from_npz(path):
 def _from_pickle(path):
     "MNIST from the fastai lesson's pickle; its third part, the test set, is left out"
     with open_data(path, 'a pickle of ((x_train,y_train),(x_valid,y_valid),...)') as f:
-        (xt,yt),(xv,yv),*_ = read_pickle(f)
-        arrays = [getattr(o, 'a', o) for o in (xt,yt,xv,yv)]
+        parts = read_pickle(f)
+        is_parts = lambda o: isinstance(o, (tuple,list)) and len(o)>=2
+        if not (is_parts(parts) and all(map(is_parts, parts[:2]))): raise ValueError('it holds something else')
+        arrays = [getattr(o, 'a', o) for part in parts[:2] for o in part[:2]]
     return _mnist(arrays, [f'{path}[{i}][{j}]' for i in (0,1) for j in (0,1)])
 
 # %% ../nbs/08_data.ipynb #df847714

@@ -103,6 +103,7 @@ def take(f, n):
 
 def array(data, dtype, shape, fortran=False):
     "The bytes `data` as an array"
+    if not (isinstance(shape, tuple) and len(shape)<=3): raise ValueError('a shape that MNIST has not')
     return np.frombuffer(data, dtype).reshape(shape, order='F' if fortran else 'C')
 
 # %% ../nbs/07_files.ipynb #f11e000e
@@ -147,14 +148,17 @@ def read_npz(f, path, keys):
 class _Dtype:
     "What a pickle says of an `np.dtype`"
     def __init__(self, name, *_):
-        if name not in (b'u1',b'i4',b'i8',b'f4',b'f8'): raise ValueError(f'array of dtype {name.decode("latin-1")!r}')
+        if name not in (b'u1',b'i4',b'i8',b'f4',b'f8'): raise ValueError(f'array of dtype {name[:20].decode("latin-1")!r}')
         self.dt = np.dtype(bytes(name).decode())
-    def build(self, state): self.dt = self.dt.newbyteorder({b'<':'<', b'>':'>', b'|':'|'}[bytes(state[1])])
+    def build(self, state):
+        order = next(o for o in '<>|' if state[1]==o.encode())
+        self.dt = self.dt.newbyteorder(order)
 
 class _Array:
     "What a pickle says of an `np.ndarray`"
     def __init__(self): self.a = None
     def build(self, state):
+        if not (isinstance(state, tuple) and len(state)==5): raise ValueError('a state that no array has')
         _,shape,dtype,fortran,data = state
         self.a = array(data, dtype.dt, shape, fortran)
 
@@ -241,6 +245,7 @@ class _Pickle:
         elif op=='REDUCE':
             name,args = self.pop(2)
             if not (isinstance(name, str) and name in _calls): raise ValueError('a call of what is no function')
+            if not isinstance(args, tuple): raise ValueError('arguments that are no tuple')
             stack.append(_calls[name](*args))
         elif op=='BUILD':
             state = stack.pop()
@@ -259,4 +264,4 @@ class _Pickle:
 def read_pickle(f):
     "The tuples and lists of arrays in the pickle `f`; nothing in it is run"
     try: return _Pickle(f).load()
-    except (IndexError,KeyError,TypeError,AttributeError) as e: raise ValueError('no pickle of arrays') from e
+    except (IndexError,KeyError,TypeError,AttributeError,StopIteration) as e: raise ValueError('no pickle of arrays') from e

@@ -1,10 +1,10 @@
 """Files that want to hurt: crafted ones, and good ones with a few bytes changed, cut or doubled, of every format that fnnlite reads.
 
-    python scripts/fuzz_files.py [--tries 5000] [--seconds 300] [--seed 0]
+    python scripts/fuzz_files.py [--tries 5000] [--seconds 300] [--seed 0] [--keep harmful]
 
 Each file is read by a worker process, which may take 500 MB on top of what it has after `import fnnlite`, and 10 seconds of CPU. It must
 read, or be a `DataError` or a `CheckpointError` of one short printable line that names the file. Prints how many of each kind were
-tried and what came of them; the exit status is 1 if one did harm, and that file is kept. Takes `--seconds`, and about a minute for
+tried and what came of them; the exit status is 1 if one did harm, and that file is kept in the folder `--keep`. Takes `--seconds`, and about a minute for
 the crafted ones. Linux only: the memory is read from /proc.
 """
 import argparse, collections, gzip, io, json, os, pickle, random, select, shutil, struct, subprocess, sys, tempfile, time, zipfile, zlib
@@ -104,12 +104,14 @@ def harm(res, path, seconds=SECONDS):
 
 # Crafted files
 
-def zeros(n, before=b'', wbits=31):
-    "`before` and `n` million zeros, deflated a thousandfold without deflating them all"
+def zeros(n, before=b'', wbits=31, after=None):
+    "`before` and `n` million zeros, deflated a thousandfold without deflating them all; with `after`, the checksum is right"
     z = zlib.compressobj(9, zlib.DEFLATED, wbits)
     res = z.compress(before)+z.flush(zlib.Z_FULL_FLUSH)
     block = z.compress(bytes(10**6))+z.flush(zlib.Z_FULL_FLUSH)
-    return res+block+block*(n-1)+z.flush()
+    if after is None: return res+block+block*(n-1)+z.flush()
+    for _ in range(n-1): block += z.compress(bytes(10**6))
+    return res+block+z.compress(after)+z.flush()
 
 def idx(*shape): return bytes([0,0,8,len(shape)]) + struct.pack(f'>{len(shape)}I', *shape)
 
@@ -145,7 +147,7 @@ def saved(fmt, mode, size, **kw):
 
 def many_scans(n):
     "A progressive JPEG with its last scan `n` times"
-    b = saved('JPEG', 'L', (6000,6000), progressive=True)
+    b = saved('JPEG', 'L', (2000,2000), progressive=True)
     i = b.rindex(b'\xff\xda')
     return b[:i]+b[i:-2]*n+b[-2:]
 
@@ -183,7 +185,7 @@ def crafted(big=True):
     arr = lambda data,n: (b'cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85U\x01b\x87R(K\x01(M'+struct.pack('<H', n)+b'M\x10\x03t'
         b'cnumpy\ndtype\nU\x02u1K\0K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb\x89'+data+b'tb')
     # pickles
-    yield 'data','memo.pkl',b'\x80\x02]r\xff\xff\xff\x0f.'
+    yield 'data','memo.pkl',b'\x80\x02]r\xff\xff\xff\x0f.' # nine bytes
     yield 'data','memo text.pkl',b'(lp999999999999999999\n.'
     for name,head in ('dup',b'\x80\x02)'+b'2\x86'*100), ('twice',b'\x80\x02'+fortyfold(b'')):
         yield 'data',f'{name} tuple.pkl',head+b'0)R.'
@@ -196,7 +198,16 @@ def crafted(big=True):
     for op,size in ('T','<i'),('B','<I'),('X','<I'),('\x8e','<Q'),('\x8d','<Q'),('\x96','<Q'):
         n = 2**31-1 if size in ('<i','<I') else 2**62
         yield 'data',f'claims {ord(op)}.pkl',b'\x80\x02'+op.encode('latin-1')+struct.pack(size, n)+b'abc'
-        yield 'data',f'bomb {ord(op)}.pkl.gz',zeros(k, b'\x80\x02'+op.encode('latin-1')+struct.pack(size, min(n, 220_000_000)))
+        if big or op=='B': yield 'data',f'bomb {ord(op)}.pkl.gz',zeros(k, b'\x80\x02'+op.encode('latin-1')+struct.pack(size, min(n, 220_000_000)))
+    # a long string where something else belongs
+    n = 210 if big else 70
+    said = b'\x80\x02B'+struct.pack('<I', n*10**6)
+    dt,array_ = b'cnumpy\ndtype\nU\x02u1\x85R',b'cnumpy.core.multiarray\n_reconstruct\n)R'
+    for name,before,after in [('mnist',b'',b''), ('part',b'',b'q\0h\0\x86'), ('pixels',b'',b'q\0K\1\x86q\1h\1\x86'), ('arguments',b'cnumpy\ndtype\n',b'R'),
+            ('dtype',b'cnumpy\ndtype\n',b'\x85R'), ('function',b'',b')R'), ('module',b'',b'q\0h\0\x93'), ('state',dt,b'b'), ('array state',array_,b'b'),
+            ('order',dt+b'K\3',b'\x86b'), ('shape',array_+b'(K\1',b'q\0'+dt+b'\x89h\0tb')]:
+        yield 'data',f'string as {name}.pkl.gz',zeros(n, said[:2]+before+said[2:], after=after+b'.')
+    for n in 2**31-1,2**62: yield 'data',f'order {n}.pkl',b'\x80\x02'+dt+b'K\3\x8a\x08'+struct.pack('<q', n)+b'\x86b.'
     for n in range(9): yield 'data',f'frame {n}.pkl',b'\x80\x04\x95'+struct.pack('<Q', 2**(7*n))+b'N.'
     for op in b'SVILF': yield 'data',f'bomb {chr(op)}.pkl.gz',zeros(k, b'('+bytes([op]))
     yield 'data','digits.pkl.gz',gzip.compress(b'(I'+b'9'*10**7+b'\n.', 1)
@@ -239,9 +250,9 @@ def crafted(big=True):
     zip64 = b'PK\6\6'+struct.pack('<QHHIIQQQQ', 44, 45, 45, 0, 0, n, n, len(entries), i)+b'PK\6\7'+struct.pack('<IQI', 0, i+len(entries), 1)
     yield 'data','directory64.npz',one[:i]+entries+zip64+one[j:]
     # pictures
-    side = 7200
+    side = 7200 if big else 4500
     yield 'image','grey.png',png(side, side, 8, 0, zeros(52, wbits=15))
-    yield 'image','deep.png',png(side, side, 16, 6, zeros(52*8, wbits=15))
+    yield 'image','deep.png',png(7200, 7200, 16, 6, zeros(52*8, wbits=15))
     yield 'image','palette.png',png(side, side, 8, 3, zeros(52, wbits=15), [(b'PLTE', bytes(768)), (b'tRNS', bytes(256))])
     yield 'image','bit.png',png(side, side, 1, 0, zeros(7, wbits=15))
     for w,h in (2**31-1,2**31-1),(65535,65535),(9400,9400),(89_000_000,1),(1,89_000_000),(52_000_000,1):
@@ -260,9 +271,9 @@ def crafted(big=True):
     yield 'image','exifs.jpg',jpeg[:2]+segment(0xe1, b'Exif\0\0'+exif)+segment(0xe1, b'Exif\0\0'+bytes(65000))*500+jpeg[2:]
     yield 'image','comments.jpg',jpeg[:2]+segment(0xfe, bytes(65000))*500+jpeg[2:]
     yield 'image','profile.jpg',jpeg[:2]+segment(0xe2, b'ICC_PROFILE\0\1\1'+bytes(65000))*500+jpeg[2:]
-    yield 'image','large.jpg',saved('JPEG', 'RGB', (8192,6144))
-    yield 'image','progressive.jpg',saved('JPEG', 'RGB', (8192,6144), progressive=True, subsampling=0)
-    yield 'image','cmyk.jpg',saved('JPEG', 'CMYK', (7200,7200), progressive=True)
+    if big: yield 'image','large.jpg',saved('JPEG', 'RGB', (8192,6144))
+    if big: yield 'image','progressive.jpg',saved('JPEG', 'RGB', (8192,6144), progressive=True, subsampling=0)
+    if big: yield 'image','cmyk.jpg',saved('JPEG', 'CMYK', (7200,7200), progressive=True)
     yield 'image','scans.jpg',many_scans(3000 if big else 300)
     yield 'image','claims.jpg',(b := saved('JPEG', 'L', (9,9))).replace(b'\x08\0\x09\0\x09', b'\x08\xff\xff\xff\xff')
     gif = saved('GIF', 'P', (side,side))
@@ -274,13 +285,14 @@ def crafted(big=True):
     yield 'image','frame.gif',small[:(i := small.rindex(b',')+5)]+b'\xff\xff\xff\xff'+small[i+4:]
     webp = saved('WEBP', 'RGB', (4000,4000), lossless=True)
     yield 'image','large.webp',webp
-    yield 'image','larger.webp',saved('WEBP', 'RGB', (16383,16383) if big else (5000,5000), lossless=True, method=0)
+    yield 'image','larger.webp',saved('WEBP', 'RGB', (16383,16383) if big else (4200,4200), lossless=True, method=0)
     yield 'image','rest.webp',webp+bytes(10**8)
-    yield 'image','large.bmp',saved('BMP', 'RGB', (7100,7100))
+    if big: yield 'image','large.bmp',saved('BMP', 'RGB', (7100,7100))
     yield 'image','claims.bmp',(b := saved('BMP', 'RGB', (9,9)))[:18]+struct.pack('<ii', 7200, 7200)+b[26:]
     yield 'image','rle.bmp',b[:18]+struct.pack('<iiHHI', 7200, 7200, 1, 8, 1)+b[34:54]+bytes(10**6)
-    for c in 'raw','tiff_lzw','tiff_adobe_deflate','packbits','jpeg': yield 'image',f'{c}.tiff',saved('TIFF', 'RGB', (7000,7000), compression=c)
-    yield 'image','float.tiff',saved('TIFF', 'F', (7200,7200), compression='tiff_lzw')
+    for c in ('raw','tiff_lzw','tiff_adobe_deflate','packbits','jpeg') if big else ():
+        yield 'image',f'{c}.tiff',saved('TIFF', 'RGB', (7000,7000), compression=c)
+    if big: yield 'image','float.tiff',saved('TIFF', 'F', (7200,7200))
     plain = [(258,3,1,8), (259,3,1,8), (262,3,1,1), (277,3,1,1)]
     yield 'image','tile.tiff',tiff((256,4,1,100), (257,4,1,100), *plain, (322,4,1,60000), (323,4,1,60000), (324,4,1,8), (325,4,1,99))+bytes(10**4)
     yield 'image','strip.tiff',tiff((256,4,1,100), (257,4,1,100), *plain, (278,4,1,2**32-1), (273,4,1,8), (279,4,1,2**32-1))+bytes(10**4)
@@ -309,7 +321,7 @@ def crafted(big=True):
         for kind in 'net','tensors','checkpoint':
             yield kind,f'{name}.safetensors' if kind!='checkpoint' else f'{name}/checkpoint.safetensors',tensors(text, net()[1])
     yield 'net','name.safetensors',tensors(about, {**net()[1], 'a\n\x1b[31mb\u202e'+'x'*10**5:np.zeros(0, 'f4')})
-    many = {f'{i}':np.zeros(0, 'f4') for i in range(200_000)}
+    many = {f'{i}':np.zeros(0, 'f4') for i in range(100_000 if big else 10_000)}
     for kind in 'net','tensors': yield kind,f'many {kind}.safetensors',tensors(about, many)
     yield 'weights','many.safetensors',tensors(None, many)
     for n in 100,2**24,2**25,2**62: yield 'weights',f'header {n}.safetensors',struct.pack('<Q', n)+b'{"a":'*20
@@ -423,6 +435,7 @@ def fuzz(tries, seconds, seed, keep, work):
         if (what := harm(res, path)):
             bad.append(f'{kind} {path.name!r}: {what}')
             print('HARM', bad[-1], flush=True)
+            keep.mkdir(exist_ok=True)
             if path.is_file() and path.stat().st_size<10**8: shutil.copy(path, keep/f'{len(bad)} {path.name[:50]!r}')
     (work/'special').mkdir()
     for kind,path in special(work/'special'): one(kind, path, 'special')
@@ -459,10 +472,8 @@ if __name__=='__main__':
     parser.add_argument('--worker', action='store_true', help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.worker: sys.exit(worker())
-    a.keep.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as d: counts,most,bad = fuzz(a.tries, a.seconds, a.seed, a.keep, Path(d))
     for k,n in sorted(counts.items()): print(f'{n:7,} ', *k)
     for (family,k),(n,name) in most.items(): print(f"{family}: at most {n:.1f} {k.replace('mb', 'MB')}, {name!r}")
     print(f"{sum(counts.values()):,} files read; {len(bad)} did harm")
-    if not bad: a.keep.rmdir()
     sys.exit(bool(bad))
