@@ -108,7 +108,8 @@ def test_gap_is_judged(gap, run, small, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, 'autograd_gap', lambda *a: gap)
     one_line(run('fnnlite_train', *small, '--out', tmp_path/'out'), 'fnnlite_train', 'gradients are wrong')
 
-bad = dict(layers=['a,b','1.5','0','-5','8,-1','99999999999','50000,50000',','.join(['9']*101)], epochs=['0','-1','x'], bs=['0','-3','1.5'], lr=['-1','x'], dropout=['2','-.1','nan'],
+bad = dict(layers=['a,b','1.5','0','-5','8,-1','99999999999','50000,50000',','.join(['9']*101)],
+    epochs=['0','-1','x'], bs=['0','-3','1.5'], lr=['-1','x'], dropout=['2','-.1','nan'],
     device=['nonsense','cuda:99','meta','cpu:x','','hpu','xla','vulkan','privateuseone','mtia','xpu','ipu','fpga','maia','lazy','ve','hip','opengl',
             'opencl','ideep','mkldnn','cpu\n\x1b[31m','x'*10**4]+['mps']*(not torch.backends.mps.is_available()), seed=['-1','x',str(2**70)])
 @pytest.mark.parametrize('device', ['hpu','mkldnn'])
