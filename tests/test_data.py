@@ -762,6 +762,15 @@ def test_rare_formats(mnist, save, mode, name, kw, capfd):
     with pytest.raises(DataError, match='rare compression' if 'tiff' in name else 'no image') as e: read_image(p)
     assert 'PNG' in str(e.value) and 'Pillow' not in str(e.value) and capfd.readouterr()==('','')
 
+def test_slow_decoder(save):
+    "Pillow reads a run-length BMP in Python, a pixel in a microsecond."
+    b = save(Image.new('P', (9,9)), 'a.bmp').read_bytes()
+    at = struct.unpack('<I', b[10:14])[0]
+    p = save(Image.new('P', (9,9)), 'a.bmp')
+    p.write_bytes(b[:30]+struct.pack('<I', 1)+b[34:at]+b'\x04\x00\x05\x09\x00\x00'*9+b'\0\1')
+    with Image.open(p) as im: assert im.getpixel((5,5))==9 # it's a good one
+    with pytest.raises(DataError, match='rare compression'): read_image(p)
+
 def test_words_are_ours(tmp_path, mnist, save, capfd):
     "No name of a foreign class, no address in memory, however an image is damaged; no warning (they are errors here) and no line of a C library."
     for name,kw in ('a.png',{}),('a.jpg',{}),('a.gif',{}),('a.bmp',{}),('a.webp',{}),('a.tiff',{}):
