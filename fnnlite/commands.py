@@ -10,11 +10,13 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-import os, signal, sys
+import os, reprlib, signal, sys, warnings
 import torch
 from fastcore.script import call_parse
 from .core.checks import autograd_gap
-from .data.digits import DataError, DataLoaders, load_mnist, normalize, read_image
+from .data.digits import DataError, DataLoaders, load_mnist, normalize
+from .data.files import bad_file, one_line
+from .data.images import read_image
 from .nets.containers import Model, Sequential
 from .ops.activations import Relu
 from .ops.dropouts import Dropout
@@ -32,7 +34,7 @@ def _one_line_errors():
     try: yield
     except (DataError, CheckpointError, DistributedError, NonFiniteError, OSError, ValueError) as e:
         which = f" (process {os.environ['RANK']})" if launched() else ''
-        print(f"{Path(sys.argv[0]).name}{which}: {e}", file=sys.stderr)
+        print(one_line(f"{Path(sys.argv[0]).name}{which}: {e}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt: sys.exit(130)
 
@@ -51,17 +53,26 @@ def mlp(
 def _usable(device):
     "This process's device of that name, if a number can be put there and read back; else ValueError"
     try:
-        own = own_device(device)
-        torch.ones(1, device=own).item()
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            own = own_device(device)
+            torch.ones(1, device=own).item()
         return own
-    except (RuntimeError,AssertionError) as e: raise ValueError(f"device is {device!r}: {str(e).splitlines()[0]}") from None
+    except Exception as e: # of any kind: each backend that isn't there has its own
+        raise ValueError(f"device is {reprlib.repr(device)}: {one_line(str(e).split('. ')[0], 200)}") from None
 
 def _widths(layers):
-    "Numbers from a text like '512,256'"
-    try: widths = [int(w) for w in layers.split(',') if w.strip()]
+    "The hidden layers' widths, from numbers or a text like '512,256'"
+    try: widths = [int(w) for w in layers.split(',') if w.strip()] if isinstance(layers, str) else layers
     except ValueError: widths = [0]
-    if not all(0<w<100_000 for w in widths): raise ValueError(f"layers is {layers!r}, expected widths like 512,256")
+    if not (isinstance(widths, list) and len(widths)<=100 and all(type(w) is int and 0<w<100_000 for w in widths)):
+        raise ValueError(f"layers is {reprlib.repr(layers)}, expected up to 100 widths like 512,256")
+    if _numbers(widths)>50_000_000: raise ValueError(f"layers is {reprlib.repr(layers)}: a net of {_numbers(widths):,} weights; expected at most 50 million")
     return widths
+
+def _numbers(hidden):
+    "How many weights a net with these widths has"
+    return sum((ni+1)*nf for ni,nf in zip([784,*hidden], [*hidden,10]))
 
 @call_parse
 def fnnlite_train(
@@ -81,7 +92,7 @@ def fnnlite_train(
     "Train a net on MNIST with hand-written gradients"
     if Path(sys.argv[0]).name=='fnnlite_train': on_signals(signal.SIG_DFL) # the process is ours: no KeyboardInterrupt while Python clears up
     with (first_signal(lambda o: sys.exit(128+o)), _one_line_errors(), ExitStack() as inside,
-          processes(device := _usable(device or ('cuda' if torch.cuda.is_available() else 'cpu'))) as first):
+          processes(device := _usable(('cuda' if torch.cuda.is_available() else 'cpu') if device is None else device)) as first):
         hidden,out = _widths(layers),Path(out)
         if precision not in (None,'highest','high','medium'): raise ValueError(f"precision is {precision!r}, expected highest, high or medium")
         if precision: torch.set_float32_matmul_precision(precision)
@@ -121,6 +132,29 @@ def fnnlite_train(
         print(f"Validation accuracy {learn.history[-1]['accuracy']:.2%}. Weights, history and curves are in {out}")
 
 # %% ../nbs/80_commands.ipynb #ceb1921b
+def _saved_net(path):
+    "The net in `path`, and the mean and the standard deviation of the pixels that it was trained with"
+    def check(ok, got, want='a net that fnnlite_train saved'):
+        if not ok: raise bad_file(path, got, want, CheckpointError)
+    try: size = os.stat(path).st_size
+    except OSError as e: check(False, e)
+    check(size<2**28, f'a file of {size:,} bytes', 'at most 268 million')
+    tensors,about = load_tensors(path)
+    number = lambda o: type(o) in (int,float) and abs(o)<1e9 # neither nan nor inf nor too large for a float
+    check(isinstance(about, dict) and {'layers','dropout','stats'}<={*about}, 'no layers, dropout and stats')
+    layers,dropout,stats = about['layers'],about['dropout'],about['stats']
+    try: check(isinstance(layers, list) and _widths(layers) is layers, f'layers are {type(layers).__name__}')
+    except ValueError as e: check(False, e)
+    check(number(dropout) and 0<=dropout<1, f'dropout is {reprlib.repr(dropout)}', 'a number from 0, below 1')
+    check(isinstance(stats, list) and len(stats)==2 and all(map(number, stats)) and stats[1]>0, f'stats is {reprlib.repr(stats)}',
+        'a mean and a standard deviation')
+    n = sum(t.numel() for t in tensors.values())
+    check(n==_numbers(layers), f'{n:,} weights', f'{_numbers(layers):,} for layers {reprlib.repr(layers)}')
+    net = Model(mlp([784,*layers,10], dropout), CrossEntropy())
+    put_state(net.layers, tensors, path)
+    for k,t in tensors.items(): check(t.isfinite().all(), f"tensor '{one_line(k, 50)}' has numbers that are not finite", 'finite weights')
+    return net,*stats
+
 @call_parse
 def fnnlite_predict(
     *images:str, # Picture files, a digit each
@@ -129,17 +163,14 @@ def fnnlite_predict(
     "Print the digit in each picture and how probable the net finds it"
     with _one_line_errors():
         if not images: raise ValueError("no pictures given; expected one or more files")
-        tensors,about = load_tensors(weights)
-        try:
-            mean,std = map(float, about['stats'])
-            net = Model(mlp([784,*about['layers'],10], about['dropout']), CrossEntropy())
-        except (KeyError,TypeError,ValueError): raise CheckpointError(f"{weights}: holds no net that fnnlite_train saved") from None
-        put_state(net.layers, tensors, weights)
+        net,mean,std = _saved_net(weights)
     failed = False
     for name in images:
-        try: probs = net.predict(normalize(read_image(name), mean, std)).softmax(-1)
-        except (DataError,OSError) as e:
-            print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        try:
+            probs = net.predict(normalize(read_image(name), mean, std)).softmax(-1)
+            if not probs.isfinite().all(): raise bad_file(weights, f'not finite for {name}', 'weights of a trained net', CheckpointError)
+        except (DataError,CheckpointError,OSError) as e:
+            print(one_line(f"{Path(sys.argv[0]).name}: {e}"), file=sys.stderr)
             failed = True
-        else: print(f"{name}: {probs.argmax()} ({probs.max():.1%})")
+        else: print(f"{one_line(name)}: {probs.argmax()} ({probs.max():.1%})")
     if failed: sys.exit(2)

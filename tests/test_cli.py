@@ -55,7 +55,7 @@ def history(folder): return list(csv.DictReader((folder/'history.csv').read_text
 
 def one_line(got, name, *said, code=2):
     "That's how a command refuses."
-    assert got[0]==code and re.fullmatch(rf'{name}: .+\n', got[2]) and all(s in got[2] for s in said), got
+    assert got[0]==code and len(got[2])<700 and got[2][:-1].isprintable() and re.fullmatch(rf'{name}: .+\n', got[2]) and all(s in got[2] for s in said), got
 
 
 # Training
@@ -110,14 +110,22 @@ def test_gap_is_judged(gap, run, small, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, 'autograd_gap', lambda *a: gap)
     one_line(run('fnnlite_train', *small, '--out', tmp_path/'out'), 'fnnlite_train', 'gradients are wrong')
 
-bad = dict(layers=['a,b','1.5','0','-5','8,-1','99999999999'], epochs=['0','-1','x'], bs=['0','-3','1.5'], lr=['-1','x'], dropout=['2','-.1','nan'],
-    device=['nonsense','cuda:99','meta','cpu:x'], seed=['-1','x',str(2**70)])
+bad = dict(layers=['a,b','1.5','0','-5','8,-1','99999999999','50000,50000',','.join(['9']*101)],
+    epochs=['0','-1','x'], bs=['0','-3','1.5'], lr=['-1','x'], dropout=['2','-.1','nan'],
+    device=['nonsense','cuda:99','meta','cpu:x','','hpu','xla','vulkan','privateuseone','mtia','xpu','ipu','fpga','maia','lazy','ve','hip','opengl',
+            'opencl','ideep','mkldnn','cpu\n\x1b[31m','x'*10**4]+['mps']*(not torch.backends.mps.is_available()), seed=['-1','x',str(2**70)])
+@pytest.mark.parametrize('device', ['hpu','mkldnn'])
+def test_no_such_device(device):
+    "The real command: torch would warn of one, and lacks a module for the other."
+    p = subprocess.run([bin/'fnnlite_train',f'--device={device}','--epochs=1'], env=one_thread, capture_output=True, text=True)
+    one_line((p.returncode,p.stdout,p.stderr), 'fnnlite_train', f"device is '{device}'")
+
 @pytest.mark.parametrize('option,value', [(k,v) for k,vs in bad.items() for v in vs])
 def test_bad_option(option, value, run, small, tmp_path):
     "One line, or argparse's own usage and a line; nothing is written."
     code,_,err = got = run('fnnlite_train', *small, '--out', tmp_path/'out', f'--{option}={value}')
     if err.startswith('usage:'): assert code==2 and f'argument --{option}' in err.splitlines()[-1]
-    else: one_line(got, 'fnnlite_train')
+    else: one_line(got, 'fnnlite_train', *[f'{option} is '][:option in ('layers','device')])
     assert not (tmp_path/'out').exists() or not any((tmp_path/'out').iterdir())
 
 def broken(kind, path):
@@ -421,13 +429,81 @@ def test_bad_weights(kind, run, trained, digits, tmp_path):
     assert not (tmp_path/'bomb').exists()
 
 @pytest.mark.parametrize('change', [dict(layers=[65]), dict(layers=[]), dict(layers=[-1]), dict(layers=['x']), dict(layers='64'), dict(layers=64),
-    dict(dropout=7), dict(dropout=None), dict(stats=[1]), dict(stats='ab'), dict(stats=None)], ids=str)
+    dict(dropout=7), dict(dropout=None), dict(stats=[1]), dict(stats='ab'), dict(stats=None),
+    dict(layers=[10**9]), dict(layers=[99_999,99_999]), dict(layers=[64]*101),
+    dict(layers=[64.]), dict(layers=[True]), dict(layers=[[64]]),
+    dict(layers=[10**400]), dict(dropout=float('nan')), dict(dropout='.2'), dict(dropout=True), dict(dropout=-1),
+    dict(dropout=1), dict(dropout=10**400), dict(dropout=[]),
+    dict(stats=[float('nan'),1]), dict(stats=[0,float('inf')]), dict(stats=[0,0]), dict(stats=[0,-1]), dict(stats=[0,10**400]), dict(stats=['0','1']),
+    dict(stats=[True,True]), dict(stats=[0,1,2]), dict(stats={'0':0, '1':1}), dict(stats='\n\x1b[31m')], ids=lambda o: str(o)[:40])
 def test_weights_of_another_make(change, run, trained, digits, tmp_path):
     "What the file says of the net isn't what is in it, or isn't what such a file says."
     t,about = load_tensors(trained[0]/'model.safetensors')
     save_tensors(tmp_path/'w.safetensors', t, **{**about, **change})
     got = run('fnnlite_predict', digits[0][0], '--weights', tmp_path/'w.safetensors')
     one_line(got, 'fnnlite_predict', str(tmp_path/'w.safetensors'))
+
+@pytest.mark.parametrize('text', ['[]','1','null','"layers, dropout, stats"','['*10**5,'{"a":'*10**5,'{"layers":[64],"dropout":0,"stats":[0,1e400]}',
+    '{"layers":'+'['*900+']'*900+',"dropout":0,"stats":[0,1]}','{"layers":'+'9'*10**5+'}'], ids=lambda o: o[:20])
+def test_weights_with_strange_words(text, run, trained, digits, tmp_path):
+    save_file(load_tensors(trained[0]/'model.safetensors')[0], path := tmp_path/'w.safetensors', {'fnnlite':text})
+    one_line(run('fnnlite_predict', digits[0][0], '--weights', path), 'fnnlite_predict', str(path))
+
+@pytest.mark.parametrize('value', [float('nan'),float('inf'),-float('inf')])
+def test_weights_that_are_not_finite(value, run, trained, digits, tmp_path):
+    "Refused with the tensor's name, not answered with 'nan%'."
+    t,about = load_tensors(trained[0]/'model.safetensors')
+    for k in t:
+        other = {**t, k:t[k].clone()}
+        other[k].view(-1)[-1] = value
+        save_tensors(tmp_path/'w.safetensors', other, **about)
+        one_line(got := run('fnnlite_predict', digits[0][0], '--weights', tmp_path/'w.safetensors'), 'fnnlite_predict', f"'{k}'", 'not finite')
+        assert not got[1]
+
+@pytest.mark.parametrize('change', [1e38,dict(stats=[0.,1e-45])], ids=str)
+def test_answer_that_is_not_finite(change, run, trained, digits, tmp_path):
+    "Every number in the file is finite, yet the net's answer isn't."
+    t,about = load_tensors(trained[0]/'model.safetensors')
+    if isinstance(change, dict): about |= change
+    else: t = {k:o*change for k,o in t.items()}
+    save_tensors(tmp_path/'w.safetensors', t, **about)
+    one_line(got := run('fnnlite_predict', digits[0][0], '--weights', tmp_path/'w.safetensors'), 'fnnlite_predict', 'w.safetensors', 'not finite for')
+    assert not got[1]
+
+def test_names_of_one_line(run, trained, digits, tmp_path):
+    "A file's name can't write lines or colours, neither where its digit is told nor in an error; nor can a tensor's."
+    good,bad = tmp_path/'a\nb\x1b[31m\u202e.png',tmp_path/'c\n\x07.png'
+    good.write_bytes(digits[0][0].read_bytes())
+    code,out,err = run('fnnlite_predict', good, bad, '--weights', trained[0]/'model.safetensors')
+    assert code==2 and re.fullmatch(re.escape(f'{tmp_path}/a\\nb\\x1b[31m\\u202e.png')+r': \d \(\d+\.\d%\)\n', out)
+    one_line((code,out,err), 'fnnlite_predict', r'c\n\x07.png: No such file')
+    t,about = load_tensors(trained[0]/'model.safetensors')
+    save_tensors(tmp_path/'w', {**t, 'x\n\x1b'+'y'*10**5:torch.ones(0)}, **about)
+    one_line(run('fnnlite_predict', good, '--weights', tmp_path/'w'), 'fnnlite_predict', r'x\n\x1byyy')
+    one_line(run('fnnlite_predict', good, '--weights', tmp_path/'\n\x1b'), 'fnnlite_predict')
+    one_line(run('fnnlite_train', '--data', tmp_path/'\n\x1b'), 'fnnlite_train')
+
+def test_no_regular_files(digits, trained, tmp_path):
+    "The real command doesn't wait for a pipe's other end, nor for the end of a device."
+    os.mkfifo(tmp_path/'pipe')
+    for args in ([tmp_path/'pipe','/dev/zero','--weights',trained[0]/'model.safetensors'], [digits[0][0],'--weights',tmp_path/'pipe'],
+                 [digits[0][0],'--weights','/dev/zero']):
+        p = subprocess.run([bin/'fnnlite_predict',*args], env=one_thread, capture_output=True, text=True, timeout=120)
+        assert p.returncode==2 and not p.stdout and len(p.stderr.splitlines())==1+(args[1]=='/dev/zero')
+        assert all('regular file' in l for l in p.stderr.splitlines()), p.stderr
+
+def test_nothing_larger_than_the_file_is_made(run, trained, digits, tmp_path, monkeypatch):
+    "The layers it speaks of are compared with the numbers in it before there is a net of them."
+    t,about = load_tensors(trained[0]/'model.safetensors')
+    save_tensors(tmp_path/'w', t, **{**about, 'layers':[5000,5000]})
+    monkeypatch.setattr(cli, 'mlp', lambda *a: pytest.fail('made a net'))
+    one_line(run('fnnlite_predict', digits[0][0], '--weights', tmp_path/'w'), 'fnnlite_predict', '28,980,010 for layers [5000, 5000]')
+
+def test_no_mirror_is_one_line(run, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.delenv('FNNLITE_DATA', raising=False)
+    monkeypatch.setattr('fnnlite.data.MIRRORS', ['ftp://127.0.0.1/', 'http://127.0.0.1:9/'])
+    one_line(run('fnnlite_train', '--data', 'full'), 'fnnlite_train', 'no mirror', 'ftp://127.0.0.1/train', 'http://127.0.0.1:9/train')
 
 
 # The package

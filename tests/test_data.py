@@ -1,13 +1,16 @@
 "Files good, broken and hostile; downloads from a server that misbehaves; batches; image files."
-import gzip, hashlib, io, os, pickle, struct, subprocess, sys, threading, zipfile
+import gzip, hashlib, importlib.util, io, os, pickle, struct, subprocess, sys, threading, time, zipfile
 import numpy as np, pytest, torch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
+from pathlib import Path
 from PIL import Image
 
 from fnnlite import DataLoaders, load_mnist
-from fnnlite.data import digits as data
-from fnnlite.data.digits import ArrayDL, DataError, normalize, read_image
+from fnnlite.data import digits as data, images
+from fnnlite.data.digits import ArrayDL, DataError, normalize
+from fnnlite.data.images import read_image
+from fnnlite.data.files import FileError, one_line
 
 rng = np.random.RandomState(0)
 XT,YT = rng.randint(0, 256, (30,28,28)).astype(np.uint8), rng.randint(0, 10, 30).astype(np.uint8)
@@ -182,7 +185,7 @@ def test_missing_idx(folder, name):
     (dict(x_test=XV.astype(np.float32)*np.nan), ['x_test', 'nan']),
     (dict(x_test=XV.astype(np.int32)), ['x_test', 'int32']),
     (dict(x_test=XV.astype('U3')), ['x_test', '<U']),
-    (dict(y_train=YT.astype(object)), ['allow_pickle'])])
+    (dict(y_train=YT.astype(object)), ['y_train', 'object'])])
 def test_bad_npz(tmp_path, kw, words):
     save_npz(tmp_path/'mnist.npz', **kw)
     fails(tmp_path/'mnist.npz', *words)
@@ -281,6 +284,93 @@ def test_gadgets_work(tmp_path):
         del o
         assert target.exists(), name
 
+# Files that want to hurt
+
+@pytest.fixture(scope='module')
+def hostile():
+    spec = importlib.util.spec_from_file_location('fuzz_files', Path(__file__).parent.parent/'scripts'/'fuzz_files.py')
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+@pytest.mark.skipif(sys.platform!='linux', reason='memory is read from /proc')
+def test_hostile_files(hostile, tmp_path):
+    "Little memory, little time, one line; and all of MNIST, which is as large as anything may be, is read."
+    n = dict(x_train=60_000, x_test=10_000)
+    arrays = {k:np.zeros((v,784), np.float32) for k,v in n.items()} | {k.replace('x', 'y'):np.zeros(v, int) for k,v in n.items()}
+    np.savez(tmp_path/'all.npz', **arrays)
+    parts = tuple((arrays[f'x_{k}'],arrays[f'y_{k}']) for k in ('train','test'))
+    for p in 2,5: (tmp_path/f'all{p}.pkl').write_bytes(pickle.dumps(parts, p))
+    del arrays, parts
+    worker,bad,seen = hostile.Worker(),[],0
+    def read(kind, path, good=False):
+        nonlocal seen
+        res,seen = worker.read(kind, path),seen+1
+        wrong = kind in ('data','image','net') and good!=(res['what']=='read')
+        if (what := hostile.harm(res, path)) or wrong: bad.append((kind,path.name,what,res))
+    try:
+        for p in 'all.npz','all2.pkl','all5.pkl': read('data', tmp_path/p, True); (tmp_path/p).unlink()
+        (tmp_path/'special').mkdir()
+        for kind,path in hostile.special(tmp_path/'special'): read(kind, path)
+        for kind,name,contents in hostile.crafted(big=False):
+            if kind=='checkpoint': continue
+            path = hostile.write(tmp_path/kind/name, contents)
+            read(kind, path.parent if path.name.startswith('train-') else path)
+            path.unlink()
+    finally: worker.close()
+    assert not bad and seen>150, '\n'.join(map(str, bad))
+
+def test_worker_sees_harm(hostile, tmp_path):
+    "A reader that takes memory or time, speaks in two lines or raises something else would be found."
+    good = dict(what='refused', said='a.pkl: 1 byte; expected 2', mb=3, s=.1)
+    assert not hostile.harm(good, 'x/a.pkl')
+    for k,v in dict(what='raised', said='a.pkl: two\nlines', mb=501, s=11).items(): assert hostile.harm({**good, k:v}, 'x/a.pkl'), k
+    for v in 'another name', 'a.pkl: \x1b[31m', 'a.pkl: MemoryError', 'a.pkl'*500: assert hostile.harm({**good, 'said':v}, 'x/a.pkl'), v
+
+@pytest.mark.parametrize('text', ['plain', 'é ü 数', '', 'a\nb',
+    '\x1b[31mred\x1b[0m', '\u202egpj.exe', 'a\0b', '\ud800', 'x'*10**6, '\n'*10**6, '\u2028'*700, '\r\t\x85'])
+def test_one_line(text):
+    line = one_line(text)
+    assert line.isprintable() and len(line)<=600 and len(line.splitlines())<=1
+    assert line==text or not text.isprintable() or len(text)>600
+    if len(text)<50: assert line.encode('utf-8').decode('unicode_escape')==text or text.isprintable()
+    assert str(FileError(text))==line
+
+def test_long_names(tmp_path):
+    "The start and the end of a long name are there, and what was expected."
+    d = tmp_path/('d'*200)/('e'*200)
+    d.mkdir(parents=True)
+    (d/'what\n').write_bytes(b'nothing')
+    with pytest.raises(DataError) as e: load_mnist(d/'what\n')
+    said = str(e.value)
+    assert said.startswith(str(tmp_path)[:30]) and '...' in said and '/what\\n: contents' in said and said.endswith('npz or a pickle') and len(said)<=600
+
+def test_more_than_mnist(tmp_path):
+    x,y = np.zeros((70_001,784), np.uint8),np.zeros(70_001, np.uint8)
+    save_npz(tmp_path/'a.npz', x_train=x, y_train=y)
+    fails(tmp_path/'a.npz', '70,013 images', 'at most 70,000')
+    save_npz(tmp_path/'a.npz', x_train=x[:69_988], y_train=y[:69_988])
+    assert len(load_mnist(tmp_path/'a.npz').x_train)==69_988
+
+def test_gzip_is_one_member(tmp_path):
+    b = pickle.dumps(lesson())
+    p = tmp_path/'mnist.pkl.gz'
+    p.write_bytes(gzip.compress(b)+gzip.compress(b''))
+    fails(p, 'more after the end')
+
+def test_npz_of_other_compressions(tmp_path):
+    for method in zipfile.ZIP_BZIP2,zipfile.ZIP_LZMA:
+        with zipfile.ZipFile(p := tmp_path/'mnist.npz', 'w', method) as z:
+            for k,a in dict(x_train=XT, y_train=YT, x_test=XV, y_test=YV).items():
+                np.save(b := io.BytesIO(), a)
+                z.writestr(f'{k}.npy', b.getvalue())
+        fails(p, 'compressed')
+
+def test_fortran_npz(tmp_path):
+    save_npz(tmp_path/'mnist.npz', x_train=np.asfortranarray(XT), x_test=XV.reshape(-1, 784).astype('>f8')/255)
+    m = load_mnist(tmp_path/'mnist.npz')
+    assert torch.equal(m.x_train, torch.tensor(XT.reshape(-1, 784))/255)
+    torch.testing.assert_close(m.x_valid, torch.tensor(XV.reshape(-1, 784))/255)
+
 # Downloads
 
 class Server(ThreadingHTTPServer):
@@ -302,12 +392,21 @@ class Handler(BaseHTTPRequestHandler):
         if mode=='wrong': b = gzip.compress(b'other bytes')
         if mode=='nogzip': b = b'<html>please log in</html>'
         if mode=='flipped': b = b[:200]+bytes([b[200]^255])+b[201:]
-        self.send_response(302 if mode=='redirect' else 200)
-        if mode=='redirect': self.send_header('Location', f'/good/{name}')
+        if mode=='head': # never ends
+            self.wfile.write(b'HTTP/1.0 200 OK\r\nX-Slow: ')
+            while not self.server.gate.wait(.05): self.wfile.write(b'a')
+            return
+        to = dict(redirect=f'/good/{name}', ftp=f'ftp://127.0.0.1:{self.server.server_port}/{name}', file=f'file:///{name}', loop=self.path).get(mode)
+        self.send_response(302 if to else 200)
+        if to: self.send_header('Location', to)
         if mode=='badlength': self.send_header('Content-Length', 'many')
-        elif mode!='nolength': self.send_header('Content-Length', 0 if mode=='redirect' else len(b)+1000*(mode=='short'))
+        elif mode!='nolength': self.send_header('Content-Length', 0 if to else len(b)+1000*(mode=='short'))
         self.end_headers()
-        if mode=='redirect': return
+        if to: return
+        if mode=='drip':
+            for i in range(len(b)):
+                self.wfile.write(b[i:i+1])
+                if self.server.gate.wait(.05): return
         if mode=='hangup' or mode=='stall': b = b[:len(b)//2]
         self.wfile.write(b)
         if mode=='stall': self.wfile.flush(); self.server.gate.wait(20)
@@ -335,7 +434,7 @@ def test_download(server, cache, mode):
     assert in_cache(cache)==sorted(NAMES)
 
 broken = {'404':'404', '500':'500', 'short':'', 'wrong':'sha256',
-          'nogzip':'Not a gzipped file', 'flipped':'', 'hangup':'', 'badlength':'many'}
+          'nogzip':'not a gzipped file', 'flipped':'', 'hangup':'', 'badlength':'many'}
 
 @pytest.mark.parametrize('mode', broken)
 def test_second_mirror(server, cache, mode):
@@ -363,6 +462,42 @@ def test_timeout(server):
     mirrors(server, 'stall')
     with pytest.raises(DataError, match='[Tt]ime'): data._fetch(NAMES[0], timeout=.2)
 
+@pytest.mark.parametrize('mode', ['drip','head'])
+def test_whole_time_is_limited(server, mode, capsys):
+    "A sign of life every 50 ms isn't enough; what has come is shown meanwhile."
+    mirrors(server, mode)
+    start = time.monotonic()
+    with pytest.raises(DataError, match='not done after .5 seconds'.replace('.5', '1')): data._fetch(NAMES[0], timeout=20, most=1)
+    assert time.monotonic()-start<15
+    if mode=='drip':
+        shown = [float(o.split('/')[0].split()[-1].rstrip('k')) for o in capsys.readouterr().err.split('\r') if '/' in o]
+        assert len(shown)>3 and shown[-1]>shown[1], shown
+
+def test_slow_mirror_is_left(server, cache, monkeypatch):
+    mirrors(server, 'head', 'good')
+    fetch = data._fetch
+    monkeypatch.setattr(data, '_fetch', lambda name: fetch(name, most=.2))
+    check(load_mnist('full'))
+
+@pytest.mark.parametrize('mode,said', [('ftp','ftp'),('file','file'),('loop','infinite loop')])
+def test_redirects_that_are_not_followed(server, mode, said, cache):
+    mirrors(server, mode)
+    with pytest.raises(DataError, match=said) as e: load_mnist('full')
+    assert {m for m,_ in server.asked}=={mode} and not in_cache(cache) and str(e.value).isprintable()
+
+def test_mirrors_are_http(server, folder, cache):
+    for o in NAMES: (folder/f'{o}.gz').write_bytes(gzip.compress(IDX[o]))
+    data.MIRRORS[:] = [f'{folder.as_uri()}/', 'data:,', f'ftp://127.0.0.1:{server.server_port}/']
+    with pytest.raises(DataError, match='unknown url type: file.*data.*ftp'): load_mnist('full')
+    assert not in_cache(cache)
+
+def test_large_file_in_the_cache_is_not_read(server, cache, monkeypatch):
+    mirrors(server, 'good')
+    load_mnist('full')
+    os.truncate(cache/NAMES[0], 2**40)
+    check(load_mnist('full'))
+    assert (cache/NAMES[0]).stat().st_size==len(IDX[NAMES[0]])
+
 def test_cache_needs_no_server(server, cache):
     mirrors(server, 'good')
     load_mnist('full')
@@ -382,12 +517,12 @@ def test_corrupt_cache(server, cache, b):
 def test_interrupted_download(server, cache, monkeypatch):
     from http.client import HTTPResponse
     mirrors(server, 'good', 'good')
-    read,n = HTTPResponse.read,[]
+    read,n = HTTPResponse.read1,[]
     def stop(self, size=100):
         n.append(size)
         if sum(n)>1000: raise KeyboardInterrupt
         return read(self, min(size, 500))
-    monkeypatch.setattr(HTTPResponse, 'read', stop)
+    monkeypatch.setattr(HTTPResponse, 'read1', stop)
     with pytest.raises(KeyboardInterrupt): load_mnist('full')
     assert not in_cache(cache) and len(server.asked)==1
 
@@ -608,3 +743,42 @@ def test_bad_image(tmp_path, mnist, monkeypatch):
     read_image(p)
     for limit in 30_000, 10_000: monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', limit); fails() # Pillow warns, then raises
     with pytest.raises(DataError, match='Is a directory|Permission'): read_image(tmp_path)
+
+def test_photograph(mnist, save):
+    "50 million pixels, as of a telephone; the digit is small in it, and lies on its side."
+    im = Image.new('L', (8160,6144), 230)
+    x = mnist.x_valid[0]
+    im.paste(pil(x).resize((560,560), Image.Resampling.NEAREST).point(lambda o: 230-o*200//255), (5000,700))
+    near(read_image(save(im.convert('RGB'), 'p.jpg')), x, .03)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    near(read_image(save(im.transpose(Image.Transpose.ROTATE_90), 'p.png', exif=exif, compress_level=1)), x, .03)
+    p = save(im.resize((8160,6500)), 'q.png', compress_level=1)
+    with pytest.raises(DataError, match='8160×6500 pixels; expected at most 52 million'): read_image(p)
+
+@pytest.mark.parametrize('mode,name,kw', [('RGB','a.tiff',dict(compression='tiff_lzw')), ('RGB','a.tiff',dict(compression='jpeg')),
+    ('L','a.ppm',{}), ('RGB','a.eps',{}), ('L','a.pcx',{}), ('RGB','a.ico',{})])
+def test_rare_formats(mnist, save, mode, name, kw, capfd):
+    "Refused in our words, and nothing speaks for itself."
+    p = save(pil(mnist.x_valid[0]).resize((140,140)).convert(mode), name, **kw)
+    with pytest.raises(DataError, match='rare compression' if 'tiff' in name else 'no image') as e: read_image(p)
+    assert 'PNG' in str(e.value) and 'Pillow' not in str(e.value) and capfd.readouterr()==('','')
+
+def test_slow_decoder(save):
+    "Pillow reads a run-length BMP in Python, a pixel in a microsecond."
+    b = save(Image.new('P', (9,9)), 'a.bmp').read_bytes()
+    at = struct.unpack('<I', b[10:14])[0]
+    p = save(Image.new('P', (9,9)), 'a.bmp')
+    p.write_bytes(b[:30]+struct.pack('<I', 1)+b[34:at]+b'\x04\x00\x05\x09\x00\x00'*9+b'\0\1')
+    with Image.open(p) as im: assert np.asarray(im).shape==(9,9) # it's a good one
+    with pytest.raises(DataError, match='rare compression'): read_image(p)
+
+def test_words_are_ours(tmp_path, mnist, save, capfd):
+    "No name of a foreign class, no address in memory, however an image is damaged; no warning (they are errors here) and no line of a C library."
+    for name,kw in ('a.png',{}),('a.jpg',{}),('a.gif',{}),('a.bmp',{}),('a.webp',{}),('a.tiff',{}):
+        p = save(pil(mnist.x_valid[0]).resize((90,90)), name, **kw)
+        b = p.read_bytes()
+        for cut in 0,1,5,20,60,len(b)//2:
+            p.write_bytes(b[:cut])
+            with pytest.raises(DataError, match='no image, or a damaged one; expected an image of a digit|background'): read_image(p)
+    assert capfd.readouterr()==('','')

@@ -13,9 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from ..data.files import FileError, bad_file, with_header
 
 # %% ../../nbs/train/62_checkpoints.ipynb #84832de5
-class CheckpointError(ValueError):
+class CheckpointError(FileError):
     "A file that can't be used: its name, what came, what was expected"
 
 def _lock(f)->bool:
@@ -87,15 +88,13 @@ def read_tensors(
     expected:str='a safetensors file', # for the error
 )->tuple: # (tensors, metadata)
     "What is in `path`; CheckpointError if it isn't safetensors, or isn't what fnnlite saved there"
-    def check(ok, came):
-        if not ok: raise CheckpointError(f"{path}: {came}; expected {expected}")
     try:
-        check(stat.S_ISREG(os.stat(path).st_mode), "is not a regular file") # to open a pipe would mean to wait
-        with safe_open(path, 'pt') as f: tensors,meta = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
-    except (SafetensorError, OSError, RuntimeError) as e: check(False, f"{type(e).__name__}: {str(e).splitlines()[0]}")
+        with safe_open(with_header(path), 'pt') as f: tensors,meta = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
+    except (SafetensorError, OSError, RuntimeError) as e: raise bad_file(path, e, expected, CheckpointError) from e
     if not meta.get('fnnlite', '{').startswith('{'): # neither from elsewhere nor from before there was a checksum
         came,_,meta['fnnlite'] = meta['fnnlite'].partition(' ')
-        check(came==_checksum(meta['fnnlite'], tensors), "its contents don't have the checksum they were saved with")
+        if came!=_checksum(meta['fnnlite'], tensors):
+            raise bad_file(path, "its contents don't have the checksum they were saved with", expected, CheckpointError)
     return {k:t.to(device) for k,t in tensors.items()},meta
 
 def load_tensors(
@@ -109,7 +108,7 @@ def load_tensors(
         about = json.loads(meta['fnnlite'])
         if not isinstance(about, dict): raise ValueError(f"a {type(about).__name__} in its header")
     except (KeyError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: {type(e).__name__}: {e}; expected {expected}") from e
+        raise bad_file(path, e, expected, CheckpointError) from e
     return tensors,about
 
 # %% ../../nbs/train/62_checkpoints.ipynb #f3a85c87
