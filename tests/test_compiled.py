@@ -21,7 +21,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(compiled, 'machine_code', lambda gm, ts: compiled.op_by_op(gm))
 
 @pytest.fixture
-def own_cache(monkeypatch, tmp_path): monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path/'cache'))
+def own_cache(monkeypatch, tmp_path): monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
 
 def net(drop=.2): return Model([Lin64(6, 5), Relu(), Dropout(drop), Lin64(5, 3)], CrossEntropy())
 def batch(n=8): return rand(n, 6),torch.randint(0, 3, (n,))
@@ -222,7 +222,7 @@ def test_an_optimizer_that_fails_half_way_is_undone(interpreted):
     with pytest.warns(UserWarning, match='compile_step: no graph'): same(graphs=0, opt=Half)
 
 def test_gives_up_where_things_change_all_the_time(interpreted):
-    def between(i, model, opt): opt.param_groups[0]['momentum'] = .9-i/1e3
+    def between(i, model, opt): model.layers[2].p = .2+i/1e3
     with pytest.warns(UserWarning, match='was replaced 8 times'):
         losses,ws,step = train(lambda s: s, between=between)
     torch.testing.assert_close(ws, train(lambda s: s.eager, between=between)[1], rtol=1e-10, atol=1e-12)
@@ -261,27 +261,7 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="keep has 'layers.9', expected names of modules or parameters: layers"): compile_step(model, opt, keep='layers.9')
 
 
-# The library on disk, and the GPU's path as far as it goes here
-
-def test_library_is_kept_and_mended(monkeypatch, own_cache, tmp_path):
-    f = lambda: compiled.written_down(lambda a: [a*2+1], torch.ones(3))[1:2]
-    gm,ts = *f(),[torch.ones(3)]
-    made = []
-    def compile(gm, ts, options):
-        path = tmp_path/f'{len(made)}.so'
-        path.write_bytes(b'x')
-        made.append(path)
-        return str(path)
-    monkeypatch.setattr(torch._inductor, 'aot_compile', compile)
-    assert compiled.library(gm, ts)==compiled.library(*f(), ts)==str(made[0]) and len(made)==1
-    compiled.library(gm, [torch.ones(4)]) # another shape is another library
-    assert len(made)==2
-    made[0].unlink()
-    assert Path(compiled.library(gm, ts)).exists() and len(made)==3
-    with pytest.raises(RuntimeError): compiled.machine_code(gm, ts) # a damaged file is made anew once
-    assert len(made)==4
-    monkeypatch.setattr(compiled, 'getsource', lambda module: 'another version of its operations')
-    assert Path(compiled.library(gm, ts))==made[4]
+# The GPU's path as far as it goes here
 
 def test_captured():
     "Stand-ins for a CUDA graph: the weights are as before the capture, each batch goes to its place, results aren't overwritten."
