@@ -162,8 +162,8 @@ class Seen:
         parts = [vars(opt), *(d for m in modules for d in (vars(m), m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks))]
         self.parts = [*parts, opt.param_groups, *(g['params'] for g in opt.param_groups)]
         self.sizes = list(map(len, self.parts))
-        self.tensors = list({id(t):t for t in (*self.params, *(v for _,_,v in (*owned, *options, *memory)
-                                                              if isinstance(v, torch.Tensor)))}.values())
+        held = [*self.params, *(v for _,_,v in (*owned, *options, *memory)), *(v for o in self.varying for v in o.inputs)]
+        self.tensors = list({id(t):t for t in held if isinstance(t, torch.Tensor)}.values())
         self.generators = [v for _,_,v in plain if isinstance(v, torch.Generator)]
         self.hooked = any(m._hooked() if isinstance(m, Module) else m._forward_hooks or m._forward_pre_hooks for m in modules)
         self.guard = guard(self.tensors)

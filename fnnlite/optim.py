@@ -48,7 +48,7 @@ def rmsprop_step(ps, gs, sqrs, vs, lr, alpha=.99, eps=1e-8, momentum=0., weight_
     gs = _decayed(ps, gs, weight_decay)
     _mean_square(sqrs, gs, alpha)
     rms = torch._foreach_sqrt(sqrs)
-    torch._foreach_add_(rms, eps)
+    torch._foreach_add_(rms, [eps]*len(rms) if isinstance(eps, Tensor) else eps)
     steps = torch._foreach_div(gs, rms)
     if _on(momentum):
         torch._foreach_mul_(vs, momentum)
