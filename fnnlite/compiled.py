@@ -9,6 +9,8 @@ __all__ = ['lifted', 'written_down', 'changed_by', 'captured', 'op_by_op', 'mach
 # %% ../nbs/17_compiled.ipynb #d9fa0856
 import random, threading
 from contextlib import ExitStack, contextmanager
+from copy import copy
+from functools import partial
 import numpy as np, torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -111,14 +113,16 @@ def machine_code(
 
 # %% ../nbs/17_compiled.ipynb #61150cf8
 def _numbers(v):
+    "The number that an option is, or those in it, as a tuple; None for an option of another kind"
     vs = tuple(v) if isinstance(v, (tuple,list)) else (v,)
     return vs if all(type(o) in (int,float) for o in vs) else None
 
 class Varying:
-    "The number, or numbers, of an option as inputs of a graph; but a zero is no input, since a rule leaves out what it would do with it"
+    "An option's numbers as inputs of a graph, but for zeros: a rule leaves out what it'd do with them"
     def __init__(self, group, k):
-        self.group,self.k,self.values,device = group,k,_numbers(group[k]),torch.as_tensor(group['lr']).device
-        self.inputs = [torch.tensor(v, dtype=torch.float64, device=device) if v else v for v in self.values]
+        self.group,self.k,self.values = group,k,_numbers(group[k])
+        number = partial(torch.tensor, dtype=torch.float64, device=torch.as_tensor(group['lr']).device)
+        self.inputs = [number(v) if v else v for v in self.values]
 
     @contextmanager
     def put_in(self):
@@ -132,7 +136,7 @@ class Varying:
         "Give the inputs the option's present value, if it's one for the same graph"
         values = _numbers(self.group[self.k])
         if values==self.values: return True
-        if values is None or [v!=0 for v in values]!=[v!=0 for v in self.values]: return False
+        if values is None or list(map(bool, values))!=list(map(bool, self.values)): return False
         for t,v in zip(self.inputs, values):
             if v: t.fill_(v)
         self.values = values
@@ -141,17 +145,21 @@ class Varying:
 class Seen:
     "What a graph takes for granted of a model and an optimizer"
     by_value = int,float,str,tuple,list,type(None)
-    def __init__(self, model, opt, varying=()): # `varying`: the options that are inputs, each as the group's index and its name
+    def __init__(self,
+        model, opt,
+        varying=(), # options whose numbers are inputs, each as the group's index and its name
+    ):
         modules,internal = list(model.modules()),{'_call', *vars(nn.Module())}-{'training'}
         self.params = list(dict.fromkeys([*model.parameters(), *(p for g in opt.param_groups for p in g['params'])]))
         owned = [(d,k,v) for m in modules for d in (m._parameters, m._buffers, m._modules) for k,v in d.items()]
         plain = [(vars(o),k,v) for o in (*modules, opt) for k,v in vars(o).items() if o is opt or k not in internal]
-        options = {(i,k):v for i,g in enumerate(opt.param_groups) for k,v in g.items()}
-        self.values = {ik:list(v) if isinstance(v, list) else v for ik,v in options.items() if ik[1]!='params' and isinstance(v, self.by_value)}
-        self.varying = [Varying(opt.param_groups[i], k) for i,k in varying if _numbers(options.get((i,k)))]
-        fixed = set(self.values)-{ik for ik in varying if _numbers(options.get(ik))}
-        self.fixed = [(opt.param_groups[i].get,k,self.values[i,k]) for i,k in fixed]
-        options = [(opt.param_groups[i],k,v) for (i,k),v in options.items() if (i,k) not in self.values]
+        groups = opt.param_groups
+        every = {(i,k):v for i,g in enumerate(groups) for k,v in g.items()}
+        self.values = {ik:copy(v) for ik,v in every.items() if isinstance(v, self.by_value) and ik[1]!='params'}
+        inputs = sorted(ik for ik in varying if _numbers(every.get(ik)))
+        self.varying = [Varying(groups[i], k) for i,k in inputs]
+        self.fixed = [(groups[i].get,k,v) for (i,k),v in self.values.items() if (i,k) not in inputs]
+        options = [(groups[i],k,v) for (i,k),v in every.items() if (i,k) not in self.values]
         memory = [(s,k,v) for p in self.params for s in [opt.state.get(p, {})] for k,v in s.items()]
         marks = [(vars(p),k,vars(p).get(k)) for p in self.params for k in ('const','g')]
         classes = {c for m in modules for c in type(m).__mro__ if c not in Module.__mro__}
@@ -162,7 +170,8 @@ class Seen:
         parts = [vars(opt), *(d for m in modules for d in (vars(m), m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks))]
         self.parts = [*parts, opt.param_groups, *(g['params'] for g in opt.param_groups)]
         self.sizes = list(map(len, self.parts))
-        held = [*self.params, *(v for _,_,v in (*owned, *options, *memory)), *(v for o in self.varying for v in o.inputs)]
+        held = [*self.params, *(v for _,_,v in (*owned, *options, *memory))]
+        held += [v for o in self.varying for v in o.inputs]
         self.tensors = list({id(t):t for t in held if isinstance(t, torch.Tensor)}.values())
         self.generators = [v for _,_,v in plain if isinstance(v, torch.Generator)]
         self.hooked = any(m._hooked() if isinstance(m, Module) else m._forward_hooks or m._forward_pre_hooks for m in modules)
@@ -179,9 +188,9 @@ class Seen:
         return list(map(len, self.parts))==self.sizes and self.guard.check(*self.tensors)
 
     def changed(self, opt)->set:
-        "The numbers among the options of `opt` that aren't what they were, each as the group's index and its name"
-        now = {(i,k):v for i,g in enumerate(opt.param_groups) for k,v in g.items()}
-        return {ik for ik,v in self.values.items() if _numbers(v) and ik in now and _numbers(now[ik]) and now[ik]!=v}
+        "The options of `opt` whose numbers aren't what they were, each as the group's index and its name"
+        return {(i,k) for i,g in enumerate(opt.param_groups) for k,v in g.items()
+                if _numbers(v) and _numbers(self.values.get((i,k))) and self.values[i,k]!=v}
 
 def guard(ts):
     "torch's comparison of tensors with `ts`, in shape, stride, dtype, device and requires_grad"
@@ -194,10 +203,11 @@ _one_at_a_time = threading.RLock()
 class Before:
     "What tensors and random number generators were, to undo a step"
     def __init__(self, ts, generators):
-        ts = [t for t in ts if torch._debug_has_internal_overlap(t)!=1] # the others, made by `expand`, can't be written to
+        ts = [t for t in ts if torch._debug_has_internal_overlap(t)!=1] # what `expand` made isn't written to
         self.ts,self.copies = ts,[t.clone() for t in ts]
         self.gs,self.rng = [(g,g.get_state()) for g in generators],torch.get_rng_state()
-        self.cuda = {d:torch.cuda.get_rng_state(d) for d in {t.device for t in ts if t.is_cuda}} if torch.cuda.is_initialized() else {}
+        devices = {t.device for t in ts if t.is_cuda and torch.cuda.is_initialized()}
+        self.cuda = {d:torch.cuda.get_rng_state(d) for d in devices}
 
     def put_back(self):
         "As it was"
@@ -242,7 +252,8 @@ class CompiledStep:
             if not isinstance(a, torch.Tensor): raise TypeError(f"compile_step: got an argument of type {type(a).__name__}, expected tensors")
         if self.ordinary or not torch.is_grad_enabled(): return self.eager(*args)
         if torch._C._is_any_autocast_enabled():
-            if self.why_not!=self.autocast: self._warn(self.autocast, "steps are the ordinary ones meanwhile")
+            if self.why_not!=self.autocast:
+                self._warn(self.autocast, "steps are the ordinary ones meanwhile")
             return self.eager(*args)
         if self.seen is None or not self.seen.holds():
             with _one_at_a_time: return self._first(args)
@@ -265,7 +276,7 @@ class CompiledStep:
         "The ordinary step is written down, undone and compiled, and the graph runs"
         self.opt.place_numbers() # where the model is now
         if self.seen is not None: self.varying |= self.seen.changed(self.opt)
-        seen = Seen(self.model, self.opt, self.varying if vary else ())
+        seen = Seen(self.model, self.opt, self.varying if vary else ()) # what varies: numbers as inputs
         if any(p.grad is not None or grad(p) is not None for p in seen.params): return self.eager(*args) # adds to what is there
         n,before = len(seen.tensors),Before([*seen.tensors, *args], seen.generators)
         try:
@@ -284,7 +295,7 @@ class CompiledStep:
         self.model.free()
         if not seen.holds(): return self._no_graph("forward changes attributes of its modules", loss)
         ts = [*seen.tensors, *args, *more]
-        undone = not changed_by(gm, n+len(args)) # what nobody knew of was changed, so it can't be undone
+        undone = not changed_by(gm, n+len(args)) # else the step changed what nobody knew of
         if not undone: before = Before([*seen.tensors, *args], seen.generators)
         try:
             self.run = self._runner(gm, ts)

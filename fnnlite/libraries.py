@@ -18,22 +18,25 @@ from . import functional
 def warn(msg):
     "Warn, at the line outside of fnnlite that led here"
     frame,level = sys._getframe(1),2
-    while frame.f_back and frame.f_globals.get('__name__', '').startswith('fnnlite.'): frame,level = frame.f_back,level+1
+    while frame.f_back and frame.f_globals.get('__name__', '').startswith('fnnlite.'):
+        frame,level = frame.f_back,level+1
     warnings.warn(f"compile_step: {msg}", stacklevel=level)
 
 def refuse_others(
     folder:Path, # an absolute path
 ):
     "OSError if another user could have put something in `folder`, or in its place"
-    me,hidden = os.getuid(),False
+    hidden = False # below a folder that lets nobody else through?
     for p in [*reversed(folder.parents), folder]:
-        s = p.lstat()
-        mode,last = s.st_mode,p==folder
-        if not stat.S_ISDIR(mode): raise NotADirectoryError(f"{p} is a link or a file, expected a folder")
-        if s.st_uid!=me and (last or s.st_uid!=0): raise PermissionError(f"{p} belongs to another user")
+        s,last = p.lstat(),p==folder
+        mode,mine = s.st_mode,s.st_uid==os.getuid()
+        if not stat.S_ISDIR(mode):
+            raise NotADirectoryError(f"{p} is a link or a file, expected a folder")
+        if not mine and (last or s.st_uid!=0): raise PermissionError(f"{p} belongs to another user")
         others = mode & (stat.S_IWOTH if hidden and not last else stat.S_IWGRP|stat.S_IWOTH)
-        if others and (last or not mode&stat.S_ISVTX): raise PermissionError(f"others may write in {p}")
-        hidden = hidden or s.st_uid==me and not mode&(stat.S_IXGRP|stat.S_IXOTH)
+        if others and (last or not mode&stat.S_ISVTX):
+            raise PermissionError(f"others may write in {p}")
+        hidden = hidden or mine and not mode&(stat.S_IXGRP|stat.S_IXOTH)
 
 @functools.cache
 def _temporary():
@@ -42,7 +45,7 @@ def _temporary():
     return folder
 
 def cache_folder()->Path:
-    "Where libraries are kept; where that can't be, a temporary folder of this process, with a warning"
+    "Where libraries are kept; if that can't be, a temporary folder of this process, and a warning"
     try:
         folder = xdg_cache_home().resolve()/'fnnlite'/'compiled'
         for p in (folder.parents[1], folder.parent, folder): p.mkdir(0o700, exist_ok=True)
@@ -57,7 +60,8 @@ def _read(path):
     "The bytes of this user's file at `path`; OSError for any other"
     with open(os.open(path, os.O_RDONLY|os.O_NOFOLLOW|os.O_NONBLOCK), 'rb') as f:
         s = os.fstat(f.fileno())
-        if not stat.S_ISREG(s.st_mode) or s.st_uid!=os.getuid() or s.st_mode&(stat.S_IWGRP|stat.S_IWOTH):
+        others = s.st_mode&(stat.S_IWGRP|stat.S_IWOTH)
+        if not stat.S_ISREG(s.st_mode) or s.st_uid!=os.getuid() or others:
             raise PermissionError(f"{path} isn't a file of this user's alone")
         return f.read()
 
@@ -116,8 +120,9 @@ def compiler_works_in(
             if v is None: os.environ.pop(k, None)
             else: os.environ[k] = v
 
-_options = {'fallback_random': True, 'aot_inductor.compile_wrapper_opt_level': 'O1', 'aot_inductor.precompile_headers': False,
-            'cpp.vec_isa_ok': True} # the compiler isn't tried with each kind of vector first: a third of a first run
+_options = {'fallback_random': True, 'aot_inductor.compile_wrapper_opt_level': 'O1',
+    'aot_inductor.precompile_headers': False, # torch keeps them in a folder that isn't the user's alone
+    'cpp.vec_isa_ok': True} # the compiler isn't tried with each kind of vector first: a third of a first run
 
 def compile_library(
     gm, # a graph
@@ -126,7 +131,7 @@ def compile_library(
     "The machine code of `gm`"
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix='fnnlite-') as tmp:
         warnings.simplefilter('ignore')
-        from torch._inductor.compile_fx import compile_fx_aot # after which torch has noted in the environment where else it works
+        from torch._inductor.compile_fx import compile_fx_aot
         with compiler_works_in(tmp): return Path(compile_fx_aot(gm, list(ts), config_patches=_options)).read_bytes()
 
 def library(
@@ -135,8 +140,9 @@ def library(
 )->Path:
     "The library for `gm`, from the cache or the compiler"
     constants = [getattr(gm, n.target).tolist() for n in gm.graph.nodes if n.op=='get_attr']
-    known = [gm.code, constants, [(t.shape,t.stride(),t.dtype,t.device) for t in ts], _options, torch.__version__, torch.version.git_version,
-             torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
+    inputs = [(t.shape,t.stride(),t.dtype,t.device) for t in ts]
+    machine = torch.get_num_threads(),torch.backends.cpu.get_cpu_capability()
+    known = [gm.code, constants, inputs, _options, torch.__version__, torch.version.git_version, machine,
              getsource(functional)] # which has what an operation of our own is to a compiler
     key,folder = hashlib.sha256(repr(known).encode()).hexdigest(),cache_folder()
     return found(folder, key) or kept(folder, key, compile_library(gm, ts))

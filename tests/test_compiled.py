@@ -177,8 +177,10 @@ def cyclic(opt): return lambda i, s=CyclicLR(opt, .001, .05, step_size_up=7, cyc
 def decay(opt): return lambda i: opt.param_groups[0].update(weight_decay=.01*(1+i%7))
 
 @pytest.mark.parametrize('schedule', [one_cycle, cyclic, decay])
-@pytest.mark.parametrize('cls,kw', [('SGD', dict(momentum=.9)), ('SGD', dict(momentum=.9, nesterov=True, weight_decay=.1)), ('Adam', {}), ('Adam', dict(weight_decay=.1)),
-    ('AdamW', {}), ('RMSprop', dict(momentum=.9))], ids=['SGD','Nesterov','Adam','Adam+decay','AdamW','RMSprop'])
+@pytest.mark.parametrize('cls,kw', [
+    ('SGD', dict(momentum=.9)), ('SGD', dict(momentum=.9, nesterov=True, weight_decay=.1)),
+    ('Adam', {}), ('Adam', dict(weight_decay=.1)), ('AdamW', {}), ('RMSprop', dict(momentum=.9)),
+], ids=['SGD','Nesterov','Adam','Adam+decay','AdamW','RMSprop'])
 def test_schedules(interpreted, cls, kw, schedule):
     theirs,ours,step = by_torch(cls, schedule, **kw)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
@@ -193,8 +195,9 @@ def test_schedule_in_machine_code(monkeypatch):
     assert step.n_graphs==2 and step.compiler
 
 def test_all_numbers_of_an_option_by_hand(interpreted):
-    "Every number of RMSprop's at once; back and forth over zero each graph is made anew, since a rule leaves out what zero would do."
-    def by_hand(opt): return lambda i: opt.param_groups[0].update(alpha=.9+i/1e3, eps=1e-6*(1+i), momentum=(.6+i/1e3)*(i<20 or i>30), weight_decay=.1*(i<50))
+    "Every number of RMSprop's at once; back and forth over zero each graph is made anew."
+    def by_hand(opt): return lambda i: opt.param_groups[0].update(
+        alpha=.9+i/1e3, eps=1e-6*(1+i), momentum=(.6+i/1e3)*(i<20 or i>30), weight_decay=.1*(i<50))
     theirs,ours,step = by_torch('RMSprop', by_hand, momentum=.5, weight_decay=.1)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     assert step.n_graphs==5

@@ -78,7 +78,8 @@ def link_to_other(p):
 def test_folder_of_others_is_not_read(folder, made, harm, of):
     planted = library()
     harm(of(folder))
-    with pytest.warns(UserWarning, match='compile_step: libraries are compiled for this run only: .*(a link|another user|others may write)') as caught: path = library()
+    why = 'compile_step: libraries are compiled for this run only: .*(a link|another user|others may write)'
+    with pytest.warns(UserWarning, match=why) as caught: path = library()
     assert len(caught)==1 and len(made)==2 and path.read_bytes()==made[1]
     assert folder not in path.parents and stat.S_IMODE(path.parent.stat().st_mode)==0o700 and planted.exists()
     with pytest.warns(UserWarning): assert library()==path # it is there for the rest of the run
