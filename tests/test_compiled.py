@@ -460,11 +460,11 @@ def test_all_of_a_step_is_on_the_gpu(monkeypatch, opt):
 
 # Learner
 
-def learner(compiled, cbs=(), opt=partial(AdamW, lr=.01)):
+def learner(compiled, cbs=(), opt=partial(AdamW, lr=.01), dtype=torch.float64):
     torch.manual_seed(0)
-    x,y = rand(50, 6),torch.randint(0, 3, (50,))
+    x,y = rand(50, 6).to(dtype),torch.randint(0, 3, (50,))
     dls = DataLoaders.from_arrays(x, y, x[:20], y[:20], bs=16)
-    return Learner(net(), dls, opt, [accuracy], [OneCycle(.01), *cbs], compiled=compiled)
+    return Learner(net().to(dtype), dls, opt, [accuracy], [OneCycle(.01), *cbs], compiled=compiled)
 
 def state(learn): return [*learn.model.parameters(), *(t for s in learn.opt.state.values() for t in s.values()), torch.get_rng_state()]
 
@@ -474,14 +474,14 @@ def test_resumed_bit_by_bit(tmp_path, kind, opt):
     class Stop(Callback):
         def before_batch(self):
             if (self.epoch,self.iter)==(3,1): raise KeyboardInterrupt
-    opt = partial(opt, lr=.01)
-    a,b = learner(False, opt=opt).fit(6),learner(kind, opt=opt).fit(6)
+    make = partial(learner, kind, opt=partial(opt, lr=.01), dtype=torch.float32) # where each way of computing has bits of its own
+    a,b = learner(False, opt=partial(opt, lr=.01), dtype=torch.float32).fit(6),make().fit(6)
     whole = [t.clone() for t in state(b)]
     strip = lambda h: [{k:v for k,v in r.items() if k!='time'} for r in h]
-    for r,s in zip(strip(a.history), strip(b.history), strict=True): assert r==pytest.approx(s, rel=1e-9)
-    torch.testing.assert_close(list(b.model.parameters()), list(a.model.parameters()), rtol=1e-10, atol=1e-12)
-    learner(kind, [Checkpoint(tmp_path), Stop()], opt).fit(6)
-    c = learner(kind, [Checkpoint(tmp_path, resume=True)], opt).fit(6)
+    for r,s in zip(strip(a.history), strip(b.history), strict=True): assert r==pytest.approx(s, rel=1e-4)
+    torch.testing.assert_close(list(b.model.parameters()), list(a.model.parameters()), rtol=1e-4, atol=1e-5)
+    make([Checkpoint(tmp_path), Stop()]).fit(6)
+    c = make([Checkpoint(tmp_path, resume=True)]).fit(6)
     assert all(map(torch.equal, state(c), whole)) and strip(c.history)==strip(b.history)
     for l in (b,c): assert l.step.why_not is None and l.step.n_graphs==1
 
