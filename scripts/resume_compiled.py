@@ -2,8 +2,9 @@
 
     python scripts/resume_compiled.py [n]
 
-For each of AdamW and SGD, in machine code and operation by operation, `n` times (default 7, with another start and another moment of the
-kill each): weights, optimizer's memory and random numbers of both, bit by bit. Each run is a process of its own; all take some five minutes of an idle machine."""
+For each of AdamW and SGD, in machine code and operation by operation, `n` times (default 7, with another start
+and another moment of the kill each): weights, optimizer's memory and random numbers of both, bit by bit. Each run
+is a process of its own; all take some five minutes of an idle machine."""
 import random, signal, subprocess, sys, tempfile
 from functools import partial
 from pathlib import Path

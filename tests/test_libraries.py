@@ -98,9 +98,19 @@ def test_who_may_write_above_could_exchange_the_folder():
         own.mkdir()
         own.chmod(0o755)
         libraries.refuse_others(own)
-        shared.chmod(0o777)
-        with pytest.raises(PermissionError, match=f'others may write in {shared}'): libraries.refuse_others(own)
+        for mode in (0o777,0o775):
+            shared.chmod(mode)
+            with pytest.raises(PermissionError, match=f'others may write in {shared}'): libraries.refuse_others(own)
         shared.chmod(0o1777) # as the temporary directory itself: what is there is its owner's to rename
+        libraries.refuse_others(own)
+
+def test_where_nobody_else_gets_through_a_group_may_write():
+    "As under a home of mode 0700, where all a user makes has its group's mode."
+    with tempfile.TemporaryDirectory() as tmp: # 0700
+        own = Path(tmp).resolve()/'cache'/'mine'
+        own.mkdir(parents=True)
+        own.chmod(0o700)
+        own.parent.chmod(0o775)
         libraries.refuse_others(own)
 
 def below_a_file(tmp_path):
