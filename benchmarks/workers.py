@@ -59,6 +59,6 @@ def fresh(f, *args, **env):
 
 def own_cache(folder):
     "The environment of a process whose compilers find nothing but what is in `folder`; torch keeps compiled headers with temporary files"
-    return dict(TORCHINDUCTOR_CACHE_DIR=folder, TMPDIR=folder)
+    return dict(TORCHINDUCTOR_CACHE_DIR=folder, XDG_CACHE_HOME=folder, TMPDIR=folder)
 
 def say(*args): print(*args, file=sys.stderr, flush=True)

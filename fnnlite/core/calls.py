@@ -270,8 +270,9 @@ class Record(TorchFunctionMode):
 
     def entered(self, module, args):
         if getattr(here, 'record', None) is not self: return
-        guards.no_hooks(self, module)
-        if not self.modules: self.meet(module)
+        with torch._C.DisableTorchFunction():
+            guards.no_hooks(self, module)
+            if not self.modules: self.meet(module)
         self.modules.append(module)
     def left(self, module, args, out):
         if getattr(here, 'record', None) is self:

@@ -21,42 +21,57 @@ def _numbers(xs):
     "Those in the vector `xs`. Inductor would compute them anew for every few elements that need them, but keeps what comes out of a reduction"
     return xs.expand(16, len(xs)).amax(0).unbind() if traced() or xs.is_cuda else xs.tolist()
 
-def _decayed(ps, gs, weight_decay): return torch._foreach_add(gs, ps, alpha=weight_decay) if weight_decay else gs
+def _on(x): return isinstance(x, Tensor) or x!=0 # an input of a graph isn't asked for its number; see `Varying`
+
+def _plus(xs, ys, a): return torch._foreach_add(xs, torch._foreach_mul(ys, a)) if isinstance(a, Tensor) else torch._foreach_add(xs, ys, alpha=a)
+
+def _decayed(ps, gs, weight_decay): return _plus(gs, ps, weight_decay) if _on(weight_decay) else gs
 
 def sgd_step(ps, gs, vs, lr, momentum=0., nesterov=False, weight_decay=0.):
     "p -= lr·v, with v = momentum·v + g; `vs` is read only with momentum"
     gs = _decayed(ps, gs, weight_decay)
-    if momentum:
+    if _on(momentum):
         torch._foreach_mul_(vs, momentum)
         torch._foreach_add_(vs, gs)
-        gs = torch._foreach_add(gs, vs, alpha=momentum) if nesterov else vs
+        gs = _plus(gs, vs, momentum) if nesterov else vs
     _go(ps, gs, lr)
 
 # %% ../../nbs/train/60_optimizers.ipynb #ad4e325e
+def _mean_square(sqrs, gs, beta):
+    "s = beta·s + (1-beta)·g²"
+    torch._foreach_mul_(sqrs, beta)
+    if isinstance(beta, Tensor): torch._foreach_add_(sqrs, torch._foreach_mul(torch._foreach_mul(gs, gs), 1-beta))
+    else: torch._foreach_addcmul_(sqrs, gs, gs, value=1-beta)
+
 def rmsprop_step(ps, gs, sqrs, vs, lr, alpha=.99, eps=1e-8, momentum=0., weight_decay=0.):
     "p -= lr·g/(√s+eps), with s a running mean of g²; with momentum, a running sum of such steps"
     gs = _decayed(ps, gs, weight_decay)
-    torch._foreach_mul_(sqrs, alpha)
-    torch._foreach_addcmul_(sqrs, gs, gs, value=1-alpha)
+    _mean_square(sqrs, gs, alpha)
     rms = torch._foreach_sqrt(sqrs)
-    torch._foreach_add_(rms, eps)
+    torch._foreach_add_(rms, [eps]*len(rms) if isinstance(eps, Tensor) else eps)
     steps = torch._foreach_div(gs, rms)
-    if momentum:
+    if _on(momentum):
         torch._foreach_mul_(vs, momentum)
         torch._foreach_add_(vs, steps)
         steps = vs
     _go(ps, steps, lr)
 
 # %% ../../nbs/train/60_optimizers.ipynb #58c8eb11
+def _mean(avgs, gs, beta):
+    "m = beta·m + (1-beta)·g"
+    if isinstance(beta, Tensor):
+        torch._foreach_mul_(avgs, beta)
+        torch._foreach_add_(avgs, torch._foreach_mul(gs, 1-beta))
+    else: torch._foreach_lerp_(avgs, gs, 1-beta)
+
 def adam_step(ps, gs, avgs, sqrs, steps, lr, betas=(.9,.999), eps=1e-8, weight_decay=0., decoupled=False):
     "p -= lr·m/(√s+eps), with m and s running means of g and g², both corrected for their start at zero; `decoupled`: AdamW"
     beta1,beta2 = betas
-    if decoupled and weight_decay: torch._foreach_mul_(ps, 1-lr*weight_decay)
+    if decoupled and _on(weight_decay): torch._foreach_mul_(ps, 1-lr*weight_decay)
     else: gs = _decayed(ps, gs, weight_decay)
     torch._foreach_add_(steps, 1)
-    torch._foreach_lerp_(avgs, gs, 1-beta1)
-    torch._foreach_mul_(sqrs, beta2)
-    torch._foreach_addcmul_(sqrs, gs, gs, value=1-beta2)
+    _mean(avgs, gs, beta1)
+    _mean_square(sqrs, gs, beta2)
     n = torch.stack(steps)
     short1,short2 = 1-beta1**n,(1-beta2**n).sqrt()
     roots = torch._foreach_sqrt(sqrs)
