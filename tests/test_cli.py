@@ -265,8 +265,7 @@ def test_signal_outside_the_training(where, name, number, run, small, tmp_path, 
 def test_called_from_python(small, tmp_path):
     "A notebook's Ctrl-C is what it was before."
     handlers = [signal.getsignal(o) for o in callback.ending]
-    data = {o.lstrip('-'):v for o,v in zip(small[::2], small[1::2])}
-    cli.fnnlite_train(data=data['data'], epochs=1, layers='8', out=tmp_path)
+    cli.fnnlite_train(data=str(small[1]), epochs=1, layers='8', out=tmp_path)
     assert [signal.getsignal(o) for o in callback.ending]==handlers and (tmp_path/'model.safetensors').exists()
 
 def test_signal_at_the_exit(tmp_path):
