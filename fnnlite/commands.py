@@ -108,7 +108,7 @@ def fnnlite_train(
         gap = autograd_gap(model, xb, yb)
         print(f"Hand-written gradients against autograd's, in float64: they differ by at most {gap:.0e} of the largest")
         if not gap<1e-9: raise ValueError("the gradients are wrong: not training")
-        settings = dict(data=data, bs=bs, lr=lr, layers=hidden, dropout=dropout, seed=seed, epochs=epochs, compiled=compiled,
+        settings = dict(data=data and str(data), bs=bs, lr=lr, layers=hidden, dropout=dropout, seed=seed, epochs=epochs, compiled=compiled,
                         precision=torch.get_float32_matmul_precision())
         stop,checkpoint = StopOnSignal(),Checkpoint(out, resume, settings)
         learn = Learner(model, dls, partial(AdamW, lr=lr), [accuracy], [OneCycle(lr), checkpoint, stop] + [Distributed()]*launched(), compiled)

@@ -135,7 +135,7 @@ def test_not_a_regular_file(tmp_path):
     "A pipe that nobody writes to isn't waited for."
     os.mkfifo(tmp_path/'f')
     for path in tmp_path/'f','/dev/zero':
-        with pytest.raises(CheckpointError, match=f'{path}: is not a regular file'): load_tensors(path)
+        with pytest.raises(CheckpointError, match=f'{path}: no regular file'): load_tensors(path)
 
 @pytest.mark.parametrize('depth', [900,10**5])
 def test_deep_json(depth, tmp_path):

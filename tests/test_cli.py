@@ -273,8 +273,7 @@ def test_signal_outside_the_training(where, name, number, run, small, tmp_path, 
 def test_called_from_python(small, tmp_path):
     "A notebook's Ctrl-C is what it was before."
     handlers = [signal.getsignal(o) for o in callbacks.ending]
-    data = {o.lstrip('-'):v for o,v in zip(small[::2], small[1::2])}
-    cli.fnnlite_train(data=data['data'], epochs=1, layers='8', out=tmp_path)
+    cli.fnnlite_train(data=small[1], epochs=1, layers='8', out=tmp_path)
     assert [signal.getsignal(o) for o in callbacks.ending]==handlers and (tmp_path/'model.safetensors').exists()
 
 def test_signal_at_the_exit(tmp_path):
@@ -502,7 +501,7 @@ def test_nothing_larger_than_the_file_is_made(run, trained, digits, tmp_path, mo
 def test_no_mirror_is_one_line(run, tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.delenv('FNNLITE_DATA', raising=False)
-    monkeypatch.setattr('fnnlite.data.MIRRORS', ['ftp://127.0.0.1/', 'http://127.0.0.1:9/'])
+    monkeypatch.setattr('fnnlite.data.digits.MIRRORS', ['ftp://127.0.0.1/', 'http://127.0.0.1:9/'])
     one_line(run('fnnlite_train', '--data', 'full'), 'fnnlite_train', 'no mirror', 'ftp://127.0.0.1/train', 'http://127.0.0.1:9/train')
 
 

@@ -11,14 +11,17 @@ def folder(monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
     return tmp_path/'cache'/'fnnlite'/'compiled'
 
+@pytest.fixture(params=[b'', b'{"nodes": []}'], ids=['', 'calls'])
+def calls(request): return request.param
+
 @pytest.fixture
-def made(monkeypatch):
+def made(monkeypatch, calls):
     "What was compiled, which is some bytes here; nothing yet is in the folder of this process."
     libraries._temporary.cache_clear()
     made = []
     def compile_library(gm, ts):
         made.append(random.Random(len(made)).randbytes(5000))
-        return made[-1]
+        return made[-1],calls
     monkeypatch.setattr(libraries, 'compile_library', compile_library)
     return made
 
@@ -179,3 +182,13 @@ step = compile_step(model, SGD(model.parameters()), compiler=False)
 for _ in range(2): step(torch.randn(3, 2), torch.randn(3))
 step.eager(torch.randn(3, 2), torch.randn(3))"""
     assert python(code, tmp_path).wait(timeout=300)==0 and not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize('harm', [truncated, emptied, flipped, linked, writable, pipe, Path.unlink])
+@pytest.mark.parametrize('calls', [b'{"nodes": []}'], indirect=False)
+def test_harmed_calls_are_compiled_anew(folder, made, calls, harm):
+    "The file beside the library, which says what torch is to call, is a part of it."
+    path = library()
+    harm(path.with_suffix('.json'))
+    with pytest.warns(UserWarning, match='it is compiled anew') as caught: again = library()
+    assert len(caught)==1 and len(made)==2 and again.read_bytes()==made[1] and library()==again
+    assert again.with_suffix('.json').read_bytes()==calls

@@ -6,7 +6,8 @@ from torch import nn, Tensor
 from fnnlite import GradError, Model, Module, const
 from fnnlite.core.boundary import recorded_call
 from fnnlite.core.calls import recorded, recording
-from fnnlite.core.rules import by_name, gradient_of, kernels, rules
+from fnnlite.core.rules import by_name, gradient_of, kernels, registry as rules
+from fnnlite.core.tiny import TinyRecord
 
 def rand(*shape): return torch.randn(*shape, dtype=torch.float64)
 
@@ -189,6 +190,18 @@ def test_right_without_the_watch(): same(residual, rand(4, 5), audit=False)
 def test_by_formulas_alone(f, monkeypatch):
     monkeypatch.setattr(kernels, 'on', False)
     same(f, rand(4, 5))
+
+through_views = view_of, through_a_view, rows_added, siblings, chain_of_views
+
+@pytest.mark.parametrize('f', [f for f in programs if f not in through_views], ids=lambda f: f.__name__)
+def test_tiny(f):
+    "The mechanism without its guards gives the same."
+    net,x = Net(),rand(4, 5)
+    want,up,grads = by_autograd(f, net, [x])
+    torch.manual_seed(1)
+    with TinyRecord() as rec: loss = (f(net, x)*up).sum()
+    rec.backward(loss)
+    close([x.g, *(getattr(p, 'g', None) for p in net.parameters())], grads, ['input', *(n for n,_ in net.named_parameters())])
 
 
 # Programs whose gradient would be wrong or lost

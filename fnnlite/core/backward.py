@@ -38,7 +38,8 @@ def publish(
 ):
     "Put the gradients on the tensors: a parameter's adds to what it has, any other's replaces it"
     for call in rec.made:
-        for i,o in enumerate(floats(call.out)): o.g = grads.get((call.n,i))
+        for i,o in enumerate(floats(call.out)):
+            if rec.is_from(o, call.n, i): o.g = grads.get((call.n,i)) # else it was changed by a later call
     for leaf in rec.leaves.values():
         t,g = leaf.t,grads.get(leaf)
         if not is_param(t): t.g = g

@@ -75,10 +75,11 @@ class View:
 
 def written_through(base, part, view): "`base`, whose part `view(base)` was changed in place"
 def written_grad(out, base, part, view):
+    g = torch.empty_like(base).copy_(out.g) # laid out as `view` needs it
+    if wants(part): part.g = view(g).clone()
     if wants(base):
-        base.g = out.g.clone()
-        view(base.g).zero_()
-    if wants(part): part.g = view(out.g)
+        view(g).zero_()
+        base.g = g
 writing = Rule(written_grad, saves='')
 
 # %% ../../nbs/core/11_calls.ipynb #e4848ac0
@@ -163,7 +164,13 @@ class Record(TorchFunctionMode):
     def note(self, f, rule, args, kwargs, out, sources, kept=None):
         "A call, and that what came out of it is from there"
         self.made.append(Call(len(self.made), f, rule, args, kwargs, out, sources, self.modules, kept))
-        for i,o in enumerate(floats(out)): self.mark(o, len(self.made)-1, i)
+        came_in = floats((args,kwargs))
+        for i,o in enumerate(floats(out)):
+            if all(o is not t for t in came_in): self.mark(o, len(self.made)-1, i)
+
+    def is_from(self, t, n, i):
+        "Are the numbers of `t` output `i` of call `n`?"
+        return getattr(t, 'mark', (None,))[:3]==(self.number,n,i)
 
     def has_gradient(self, t):
         "Is `t` the output of a call, or a leaf?"

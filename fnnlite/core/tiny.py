@@ -23,7 +23,7 @@ class TinyRecord(TorchFunctionMode):
         rule,kwargs = rule_of(f),kwargs or {}
         if rule is None and (body := body_of(f)): # torch's own Python: look inside
             with self: return body(*args, **kwargs)
-        if rule is None: return f(*args, **kwargs)
+        if rule is None or not torch.is_grad_enabled(): return f(*args, **kwargs) # a constant
         changes = base_name(f) or f is Tensor.__setitem__ or rule.in_place(args, kwargs)
         came = (self.earlier(args[0]),*args[1:]) if changes else args
         with torch.no_grad(): out = (rule.forward or f)(*args, **kwargs)

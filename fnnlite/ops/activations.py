@@ -155,7 +155,7 @@ def prelu_grad(out, inp, weight):
 
 # %% ../../nbs/ops/26_activations.ipynb #56102e9e
 def rrelu_forward(inp, lower=1/8, upper=1/3, training=False, inplace=False):
-    noise = torch.empty_like(inp)
+    noise = torch.empty_like(inp, memory_format=torch.contiguous_format) # torch writes it in that order
     out = aten.rrelu_with_noise(inp, noise, lower, upper, training)
     out.slope = noise if training else None
     return out

@@ -71,13 +71,17 @@ def found(
 )->Path|None:
     "The library for `key` in `folder`, if there is one and it is as it was written"
     for path in folder.glob(f'{key}-*.so'):
+        calls = path.with_suffix('.json')
         try:
-            if path.stem==f'{key}-{hashlib.sha256(_read(path)).hexdigest()}': return path
+            if path.stem==_name(key, _read(path), _read(calls) if calls.is_symlink() or calls.exists() else b''): return path
             why = f"{path} is damaged"
         except FileNotFoundError: continue # another process has just removed it
         except OSError as e: why = str(e)
         warn(f"{why}; it is compiled anew")
-        with suppress(OSError): path.unlink()
+        for p in (path, calls):
+            with suppress(OSError): p.unlink()
+
+def _name(key, code, calls): return f'{key}-{hashlib.sha256(code+calls).hexdigest()}'
 
 def _put(path, code):
     fd,tmp = tempfile.mkstemp(dir=path.parent)
@@ -94,13 +98,17 @@ def kept(
     folder:Path, # of libraries
     key:str, # the first part of its name
     code:bytes, # the library
+    calls:bytes=b'', # what torch has to know of the operations of our own that it calls
 )->Path:
     "Write a library where `found` will find it"
-    name = f'{key}-{hashlib.sha256(code).hexdigest()}.so'
-    try: return _put(folder/name, code)
+    name = _name(key, code, calls)
+    def put(folder):
+        if calls: _put(folder/f'{name}.json', calls)
+        return _put(folder/f'{name}.so', code)
+    try: return put(folder)
     except OSError as e:
         warn(f"a library can't be kept: {e}")
-        return _put(_temporary()/name, code)
+        return put(_temporary())
 
 # %% ../../nbs/train/63_libraries.ipynb #a1b00014
 @contextmanager
@@ -127,12 +135,15 @@ _options = {'fallback_random': True, 'aot_inductor.compile_wrapper_opt_level': '
 def compile_library(
     gm, # a graph
     ts, # its inputs
-)->bytes:
+)->tuple: # bytes of the library, and of what torch has to know of the operations of our own in it
     "The machine code of `gm`"
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix='fnnlite-') as tmp:
         warnings.simplefilter('ignore')
         from torch._inductor.compile_fx import compile_fx_aot
-        with compiler_works_in(tmp): return Path(compile_fx_aot(gm, list(ts), config_patches=_options)).read_bytes()
+        with compiler_works_in(tmp):
+            path = Path(compile_fx_aot(gm, list(ts), config_patches=_options))
+            calls = path.with_suffix('.json')
+            return path.read_bytes(),calls.read_bytes() if calls.exists() else b''
 
 def library(
     gm, # a graph
@@ -145,4 +156,4 @@ def library(
     known = [gm.code, constants, inputs, _options, torch.__version__, torch.version.git_version, machine,
              getsource(routes)] # which has what an operation of our own is to a compiler
     key,folder = hashlib.sha256(repr(known).encode()).hexdigest(),cache_folder()
-    return found(folder, key) or kept(folder, key, compile_library(gm, ts))
+    return found(folder, key) or kept(folder, key, *compile_library(gm, ts))
