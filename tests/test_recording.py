@@ -145,6 +145,24 @@ def scatter(n, x):
     i = torch.tensor([[0,1,0,1,2]]*4)
     return n.a(x).gather(1, i)+torch.zeros_like(x).scatter_add(1, i, n.b(x))
 def views(n, x): return n.a(x).view(2, 2, 5).transpose(0, 1).flatten(1)[:,2:].unsqueeze(0).expand(3, -1, -1).mT
+def lists(n, x):
+    "What is in a list when it is passed counts, not what comes to be in it."
+    h,i,dims,ts = n.a(x)*1,[1,0,2,3],[1,0],[x,x*2]
+    h = h[i]*torch.cat(ts, 0)[:4]
+    i[0],ts[0] = 3,ts[1]
+    h = h.permute(dims)
+    dims.reverse()
+    return h.t()*1
+def letters(n, x): return torch.einsum('bA,bA', n.a(x), x)*torch.einsum('bA,AC', n.a(x), torch.ones(5, 2, dtype=x.dtype)).sum()
+def whole_numbers(n, x):
+    i = torch.zeros(4, 5, dtype=torch.int64)
+    h = n.a(x)*3
+    i.copy_(h)
+    return h*i
+def ones_more(n, x):
+    h = n.a(x)
+    h.unsqueeze_(0).squeeze_(0).t_()
+    return h.t()*x
 def in_place_row(n, x):
     h = n.a(x)
     h[1:3] = 0
@@ -179,7 +197,7 @@ def chain_of_views(n, x):
     h[0].mul_(x[0])
     return h
 programs = [loop, loop_that_reads, callee, residual, statement, cache, no_grad, detached, branch, buffer_read, running, chunks, read,
-    checkpointed, tied, twice, unused, handed_on, random, operators, scatter, views, in_place_row, view_of, through_a_view, rows_added, siblings, chain_of_views]
+    checkpointed, tied, twice, unused, handed_on, random, operators, scatter, views, lists, letters, whole_numbers, ones_more, in_place_row, view_of, through_a_view, rows_added, siblings, chain_of_views]
 
 @pytest.mark.parametrize('f', programs, ids=lambda f: f.__name__)
 def test_right(f): same(f, rand(4, 5))
@@ -258,6 +276,34 @@ def complex_numbers(n, x): return torch.fft.fft(n.a(x)).abs()
 def inference(n, x):
     with torch.inference_mode(): h = n.a(x)*2
     return h*n.a(x)
+class Unseen(torch.autograd.Function):
+    "What it computes, it computes under no_grad"
+    @staticmethod
+    def forward(ctx, x):
+        with torch.no_grad(): return x*3
+    @staticmethod
+    def backward(ctx, g): return g
+def unseen_function(n, x): return Unseen.apply(n.a(x))*x
+def hook(n, x):
+    h = n.a(x)
+    h.register_hook(lambda g: g*2)
+    return h*1
+def leaf_hook(n, x):
+    n.a.weight.register_hook(lambda g: g*2)
+    return n.a(x)
+def module_hook(n, x):
+    n.a.register_full_backward_hook(lambda m, i, o: None)
+    return n.a(x)
+def frozen_midway(n, x):
+    h = n.a(x)
+    n.a.requires_grad_(False)
+    return n.a(h)
+def view_turned(n, x):
+    h = n.a(x)
+    v = h[:3]
+    v.t_()
+    return v@h
+def subclass(n, x): return n.a(x).as_subclass(torch.Tensor)*x
 def foreach(n, x):
     h = n.a(x)
     return torch._foreach_mul([h], 2.)[0]*1
@@ -266,7 +312,9 @@ def foreach(n, x):
     (data, 'changed in place'), (read_later, "Tensor.mul: '(inp|other)'.*changed in place"),
     (output_read_later, "Tensor.tanh: 'out'.*changed in place"), (index_changed, "'index'.*changed in place"), (input_in_place, 'changes a tensor of shape'),
     (parameter_in_place, 'in place'), (into_a_buffer, 'outside the record'), (no_rule, r'airy_ai has no gradient rule'),
-    (complex_numbers, 'no gradient rule|complex'), (foreach, 'foreach_mul has no gradient rule')], ids=lambda o: getattr(o, '__name__', ''))
+    (complex_numbers, 'no gradient rule|complex'), (foreach, 'foreach_mul has no gradient rule'),
+    (unseen_function, 'autograd.Function'), (hook, 'hook'), (leaf_hook, 'hook'), (module_hook, 'hooks'), (frozen_midway, 'requires grad while it is recorded'),
+    (view_turned, 'changes the form'), (subclass, 'made unseen|outside')], ids=lambda o: getattr(o, '__name__', ''))
 def test_refused(f, match): refused(f, rand(4, 5), match=match)
 
 @pytest.mark.parametrize('f', [copied, thread, inference], ids=lambda o: o.__name__)
@@ -484,6 +532,40 @@ def test_second_derivative_is_refused():
     x = rand(4).requires_grad_()
     out,*_ = recorded_call(nn.Tanh(), x)
     with pytest.raises(GradError, match='second derivative'): torch.autograd.grad(out.sum(), x, create_graph=True)
+
+class Reversal(Module):
+    "Hands its input on, and turns its gradient around."
+    def forward(self, x): return x
+    def bwd(self, out, x): x.g = -out.g
+
+def test_an_own_bwd_of_what_is_handed_on():
+    x = rand(3)
+    with recording() as rec: out = (Reversal()(x*2)*x).sum()
+    rec.backward(out)
+    torch.testing.assert_close(x.g, 0*x)
+    @recorded
+    def handed_on(inp): return inp
+    gradient_of(handed_on)(lambda out, inp: setattr(inp, 'g', 7*out.g))
+    with recording() as rec: out = handed_on(x).sum()
+    rec.backward(out)
+    assert (x.g==7).all()
+
+def test_what_a_forward_leaves_on_its_module():
+    "An auxiliary loss kept as an attribute is part of autograd's graph, as it is in torch."
+    class Aux(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin,self.first = nn.Linear(4, 4, dtype=torch.float64),[]
+        def forward(self, x):
+            h = self.lin(x)
+            self.aux,self.first = (h**2).mean(),[h]
+            return h.sum()
+    net,x = Aux(),rand(3, 4)
+    twin = copy.deepcopy(net)
+    (twin(x)+3*twin.aux+twin.first[0].exp().sum()).backward()
+    out,*_ = recorded_call(net, x)
+    (out+3*net.aux+net.first[0].exp().sum()).backward()
+    torch.testing.assert_close(net.lin.weight.grad, twin.lin.weight.grad, rtol=1e-9, atol=1e-11)
 
 def test_nested_outputs_and_keyword_arguments():
     class Dict(nn.Module):

@@ -31,6 +31,7 @@ class TinyRecord(TorchFunctionMode):
 
     def note(self, rule, args, kwargs, out):
         "A call, and that it made `out`"
+        args,kwargs = maptree(lambda t: t, args),maptree(lambda t: t, kwargs) # a list may be changed later
         self.calls.append((rule, args, kwargs, out, [self.source(t) for t in floats((args,kwargs))]))
         for i,o in enumerate(floats(out)): self.made_by[id(o)] = len(self.calls)-1,i
         return out

@@ -155,7 +155,7 @@ def einsum_indices(equation, operands):
     free = [c for c in string.ascii_letters if c not in equation]
     ndims = [t.ndim-len(s)+3 if '...' in s else 0 for s,t in zip(ins, operands)]
     dots,free = free[:max(ndims)],free[max(ndims):]
-    if not arrow: y = '...' + ''.join(c for c in string.ascii_letters if equation.count(c)==1)
+    if not arrow: y = '...' + ''.join(c for c in sorted(string.ascii_letters) if equation.count(c)==1)
     ins = [s.replace('...', ''.join(dots[len(dots)-n:])) for s,n in zip(ins, ndims)]
     return ins,y.replace('...', ''.join(dots)),free
 
