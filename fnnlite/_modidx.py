@@ -52,7 +52,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fnnlite.core.calls.Record.in_place': ('core/calls.html#record.in_place', 'fnnlite/core/calls.py'),
                                     'fnnlite.core.calls.Record.inside': ('core/calls.html#record.inside', 'fnnlite/core/calls.py'),
                                     'fnnlite.core.calls.Record.is_from': ('core/calls.html#record.is_from', 'fnnlite/core/calls.py'),
-                                    'fnnlite.core.calls.Record.is_live': ('core/calls.html#record.is_live', 'fnnlite/core/calls.py'),
+                                    'fnnlite.core.calls.Record.is_output': ('core/calls.html#record.is_output', 'fnnlite/core/calls.py'),
                                     'fnnlite.core.calls.Record.leaf': ('core/calls.html#record.leaf', 'fnnlite/core/calls.py'),
                                     'fnnlite.core.calls.Record.left': ('core/calls.html#record.left', 'fnnlite/core/calls.py'),
                                     'fnnlite.core.calls.Record.look_for_views': ( 'core/calls.html#record.look_for_views',

@@ -303,6 +303,10 @@ def view_turned(n, x):
     v = h[:3]
     v.t_()
     return v@h
+def returned_changed(n, x):
+    h = n.a(x)
+    h.detach().mul_(2)
+    return h
 def subclass(n, x): return n.a(x).as_subclass(torch.Tensor)*x
 def foreach(n, x):
     h = n.a(x)
@@ -314,7 +318,7 @@ def foreach(n, x):
     (parameter_in_place, 'in place'), (into_a_buffer, 'outside the record'), (no_rule, r'airy_ai has no gradient rule'),
     (complex_numbers, 'no gradient rule|complex'), (foreach, 'foreach_mul has no gradient rule'),
     (unseen_function, 'autograd.Function'), (hook, 'hook'), (leaf_hook, 'hook'), (module_hook, 'hooks'), (frozen_midway, 'requires grad while it is recorded'),
-    (view_turned, 'changes the form'), (subclass, 'made unseen|outside')], ids=lambda o: getattr(o, '__name__', ''))
+    (view_turned, 'changes the form'), (returned_changed, 'changed in place'), (subclass, 'made unseen|outside')], ids=lambda o: getattr(o, '__name__', ''))
 def test_refused(f, match): refused(f, rand(4, 5), match=match)
 
 @pytest.mark.parametrize('f', [copied, thread, inference], ids=lambda o: o.__name__)
@@ -382,6 +386,23 @@ def test_recorded_function(registry):
 
 
 # What a record shows
+
+def test_the_g_of_what_was_changed_in_place():
+    "It is that of the numbers that are there in the end: of a base, whose view went on, too."
+    x = rand(3, 4)
+    with recording() as rec:
+        h = x*1
+        v = h[0]
+        v += 1
+        v.mul_(2)
+        out = (v**2).sum()+h[1].sum()
+    rec.backward(out)
+    want = torch.zeros(3, 4, dtype=x.dtype)
+    want[0],want[1] = 2*h[0],1
+    torch.testing.assert_close(h.g, want)
+    torch.testing.assert_close(v.g, 2*v)
+    want[0] *= 2
+    torch.testing.assert_close(x.g, want)
 
 def test_calls():
     net = nn.Sequential(nn.Linear(5, 4), nn.ReLU())

@@ -29,7 +29,9 @@ class Boundary(torch.autograd.Function):
         publish(ctx.rec, grads, ctx.asked)
         return None,None,*(grads.get(ctx.rec.leaf(t)) for t in ctx.asked)
 
-def is_live(rec, o): return isinstance(o, Tensor) and o.is_floating_point() and rec.is_live(o)
+def is_live(rec, o):
+    "Does a gradient go through the output `o`? GradError if it was changed unseen"
+    return isinstance(o, Tensor) and o.is_floating_point() and rec.is_output(o) and isinstance(rec.source(o, 'forward'), tuple)
 
 def left_on(f)->dict:
     "What a forward left on its modules, an auxiliary loss perhaps, by module and attribute"

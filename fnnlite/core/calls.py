@@ -184,15 +184,14 @@ class Record(TorchFunctionMode):
         "Are the numbers of `t` output `i` of call `n`?"
         return getattr(t, 'mark', (None,))[:3]==(self.number,n,i)
 
-    def is_live(self, t):
-        "Is `t` the output of a call, and unchanged since?"
-        number,n,_,version,of = getattr(t, 'mark', None) or (None,)*5
-        return number==self.number and n is not None and of==id(t) and version==t._version
+    def is_output(self, t):
+        "Is `t` the output of a call?"
+        number,n,*_,of = getattr(t, 'mark', None) or (None,)*5
+        return (number,of)==(self.number,id(t)) and n is not None
 
     def has_gradient(self, t):
         "Is `t` the output of a call, or a leaf?"
-        number,n,*_,of = getattr(t, 'mark', None) or (None,)*5
-        return n is not None if (number,of)==(self.number,id(t)) else id(t) in self.leaves
+        return self.is_output(t) or id(t) in self.leaves and getattr(t, 'mark', (None,))[0]!=self.number
 
     def constant(self, f, args, kwargs, ts, versions):
         "Run `f` where no gradient goes through it"
@@ -243,6 +242,8 @@ class Record(TorchFunctionMode):
         self.note(f, rule, args, kwargs, t, sources, None if out is None else kept_on(out))
         for base,source,part,view in bases:
             self.note(written_through, writing, (base.detach(), part, view), {}, base, [source,self.source(part, f)])
+        for *_,part,_ in bases:
+            if self.views[id(part)].i is None: part.mark = *part.mark[:3],None,id(part) # from the base, when it is next used
         return None if out is None else t
 
     def behind(self, t, f)->list:
