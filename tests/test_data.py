@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from fnnlite import DataLoaders, load_mnist
-from fnnlite.data import digits as data, images
+from fnnlite.data import digits as data
 from fnnlite.data.digits import ArrayDL, DataError, normalize
 from fnnlite.data.images import read_image
 from fnnlite.data.files import FileError, one_line

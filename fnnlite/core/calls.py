@@ -145,6 +145,7 @@ class Record(TorchFunctionMode):
         "Run `f`; if a gradient will go through it, note the call"
         if f in looks: return self.has_gradient(args[0]) or f(*args) if f==asks else f(*args, **kwargs)
         if f in modes: return self.switched(f, args)
+        if f in wanting and self.is_output(args[0]): return args[0] # it has a gradient anyway
         if f in wanting:
             guards.stays_as_it_is(self, f, args[0], kwargs.get('requires_grad', (*args,True)[1]))
             return f(*args, **kwargs)

@@ -7,7 +7,7 @@ __all__ = ['CheckpointError', 'write_file', 'save_tensors', 'read_tensors', 'loa
            'put_state', 'save_weights', 'load_weights', 'generators', 'rng_state', 'set_rng_state']
 
 # %% ../../nbs/train/62_checkpoints.ipynb #91445a8d
-import errno, fcntl, hashlib, json, os, random, secrets, stat, weakref
+import errno, fcntl, hashlib, json, os, random, secrets, weakref
 import numpy as np, torch
 from contextlib import contextmanager, suppress
 from pathlib import Path
