@@ -56,3 +56,11 @@ def test_no_room_has_the_name_of_what_it_exports(room):
 @each_room
 def test_rooms_are_small(room):
     assert len(Path(import_module(room).__file__).read_text(encoding='utf-8').splitlines())<=330
+
+def test_links_lead_somewhere():
+    "Between notebooks, and from the index, which is the README too."
+    for nb in sorted(nbs.rglob('*.ipynb')):
+        home = nbs.parent if nb.name=='index.ipynb' else nb.parent
+        for c in read_nb(nb).cells:
+            for link in re.findall(r'\]\(([^):]+?\.(?:ipynb|md))\)', c.source) if c.cell_type=='markdown' else ():
+                assert (home/link).exists(), f"{nb.name}: {link}"

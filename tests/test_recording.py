@@ -153,6 +153,16 @@ def lists(n, x):
     h = h.permute(dims)
     dims.reverse()
     return h.t()*1
+def counted(n, x):
+    "A whole number in a tensor is what it was when it was used."
+    h,i = torch.zeros(4, 5, dtype=x.dtype),torch.tensor(0)
+    for r in n.a(x)[:3]:
+        h[i:i+1] = r
+        i += 1
+    return h.select(0, i-1)*h.cumsum(i-2)[i:]
+def made_inside(n, x):
+    e = torch.ones(4, 5, dtype=x.dtype, requires_grad=True)
+    return n.a(x)*(x+e)
 def letters(n, x): return torch.einsum('bA,bA', n.a(x), x)*torch.einsum('bA,AC', n.a(x), torch.ones(5, 2, dtype=x.dtype)).sum()
 def whole_numbers(n, x):
     i = torch.zeros(4, 5, dtype=torch.int64)
@@ -197,7 +207,8 @@ def chain_of_views(n, x):
     h[0].mul_(x[0])
     return h
 programs = [loop, loop_that_reads, callee, residual, statement, cache, no_grad, detached, branch, buffer_read, running, chunks, read,
-    checkpointed, tied, twice, unused, handed_on, random, operators, scatter, views, lists, letters, whole_numbers, ones_more, in_place_row,
+    checkpointed, tied, twice, unused, handed_on, random, operators, scatter, views, lists, counted, made_inside,
+    letters, whole_numbers, ones_more, in_place_row,
     view_of, through_a_view, rows_added, siblings, chain_of_views]
 
 @pytest.mark.parametrize('f', programs, ids=lambda f: f.__name__)
@@ -308,6 +319,20 @@ def returned_changed(n, x):
     h = n.a(x)
     h.detach().mul_(2)
     return h
+def data_given(n, x):
+    h = n.a(x).tanh()
+    out = h*1
+    h.data = torch.zeros_like(h)
+    return out
+def base_turned(n, x):
+    h = x[:,:4]*n.a(x)[:,:4]
+    v = h[0]
+    h.t_()
+    h.mul_(2)
+    return v*1
+def out_given(n, x):
+    torch.add(n.a(x)[0], 1, out=n.buf)
+    return n.buf*x
 def subclass(n, x): return n.a(x).as_subclass(torch.Tensor)*x
 def foreach(n, x):
     h = n.a(x)
@@ -320,7 +345,8 @@ def foreach(n, x):
     (parameter_in_place, 'in place'), (into_a_buffer, 'outside the record'), (no_rule, 'airy_ai has no gradient rule'),
     (complex_numbers, 'no gradient rule|complex'), (foreach, 'foreach_mul has no gradient rule'),
     (unseen_function, 'autograd.Function'), (hook, 'hook'), (leaf_hook, 'hook'), (module_hook, 'hooks'), (frozen_midway, 'requires grad while it is recorded'),
-    (view_turned, 'changes the form'), (returned_changed, 'changed in place'), (subclass, 'made unseen|outside')], ids=lambda o: getattr(o, '__name__', ''))
+    (view_turned, 'changes the form'), (returned_changed, 'changed in place'), (data_given, 'takes numbers out'),
+    (base_turned, 'changes the form'), (out_given, 'writes into|in place'), (subclass, 'made unseen|outside')], ids=lambda o: getattr(o, '__name__', ''))
 def test_refused(f, match): refused(f, rand(4, 5), match=match)
 
 @pytest.mark.parametrize('f', [copied, thread, inference], ids=lambda o: o.__name__)
@@ -592,6 +618,59 @@ def test_what_a_forward_leaves_on_its_module():
     out,*_ = recorded_call(net, x)
     (out+3*net.aux+net.first[0].exp().sum()).backward()
     torch.testing.assert_close(net.lin.weight.grad, twin.lin.weight.grad, rtol=1e-9, atol=1e-11)
+
+def test_a_side_door():
+    "What a forward leaves where autograd can't know of it is refused when its gradient arrives."
+    seen,net,x = [],nn.Sequential(nn.Linear(4, 4), nn.Tanh()),torch.randn(3, 4)
+    net[0].register_forward_hook(lambda m, args, out: seen.append(out))
+    out,*_ = recorded_call(net, x)
+    with pytest.raises(GradError, match='used outside'): (out.sum()+(seen[0]**2).sum()).backward()
+    out,*_ = recorded_call(net, x)
+    (out.sum()+(seen[1].detach()**2).sum()).backward()
+
+def test_gradients_own_their_memory():
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Parameter(torch.zeros(2, 2))
+        def forward(self, z): return self.q.view(4)+z
+    net,z = Shift(),torch.zeros(4)
+    recorded_call(net, z)[0].backward(torch.ones(4))
+    net.q.grad.mul_(.1)
+    assert z.g.tolist()==[1]*4
+
+def test_frozen_and_thawed():
+    from fnnlite import Lin
+    l,x = Lin(2, 2),torch.ones(1, 2)
+    l.freeze()
+    with recording() as rec:
+        a = l(x)
+        l.unfreeze()
+        out = (a.detach()*l(x)).sum()
+    rec.backward(out)
+    torch.testing.assert_close(l.w.g, x.t()@a)
+
+def test_hooks_where_nobody_would_call_them():
+    net,x = nn.Linear(4, 1),torch.randn(3, 4)
+    net.weight.register_hook(lambda g: 2*g)
+    model = Model(net)
+    model(x).sum().backward()
+    torch.testing.assert_close(net.weight.grad, 2*x.sum(0, keepdim=True))
+    for kw in (), (x,):
+        with recording(*kw) as rec: out = net(x).sum()
+        with pytest.raises(GradError, match='has a hook'): rec.backward(out)
+    model(x)
+    with pytest.raises(GradError, match='has a hook'): model.backward(torch.ones(3, 1))
+
+def test_layer_norm_under_autocast():
+    net,x = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)),torch.randn(3, 4)
+    def loss(net):
+        with torch.autocast('cpu', torch.bfloat16): return net(x).float().pow(2).sum()
+    ref = copy.deepcopy(net)
+    loss(ref).backward()
+    with recording() as rec: out = loss(net)
+    rec.backward(out)
+    for p,q in zip(net.parameters(), ref.parameters()): torch.testing.assert_close(p.grad, q.grad, rtol=2e-2, atol=2e-2)
 
 def test_nested_outputs_and_keyword_arguments():
     class Dict(nn.Module):

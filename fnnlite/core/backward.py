@@ -37,13 +37,15 @@ def publish(
     asked=(), # leaves whose gradients are handed to autograd instead
 ):
     "Put the gradients on the tensors: a parameter's adds to what it has, any other's replaces it"
+    leaves = [l for l in rec.leaves.values() if not any(l.t is o for o in asked)]
+    for leaf in leaves: guards.no_hook(leaf.t)
     for call in rec.made:
         for i,o in enumerate(floats(call.out)):
             if rec.is_from(o, call.n, i): o.g = grads.get((call.n,i)) # else it was changed by a later call
-    for leaf in rec.leaves.values():
+    for leaf in leaves:
         t,g = leaf.t,grads.get(leaf)
         if not is_param(t): t.g = g
-        elif g is not None and not any(t is o for o in asked): t.g = t.grad = g.clone() if t.grad is None else t.grad+g
+        elif g is not None: t.g = t.grad = g.clone() if t.grad is None else t.grad+g
 
 # %% ../../nbs/core/10_backward.ipynb #68b6f5e2
 def shares(
@@ -53,10 +55,11 @@ def shares(
 )->list: # a gradient for each source of the call, None for constants
     "Run the rule of `call`: what it contributes to the gradients of what came in"
     guards.as_it_was(call)
-    sources,upstream,wanted,dtype = iter(call.sources),iter(gs),[],floats(call.out)[0].dtype
+    sources,upstream,wanted = iter(call.sources),iter(gs),[]
+    dtype = floats(call.out)[0].dtype if call.rule.forward is None else None # what `forward` kept has its own
     def came_in(t):
         if not is_float(t): return t
-        a = t.detach() if t.dtype==dtype else t.detach().to(dtype)
+        a = t.detach() if dtype in (None,t.dtype) else t.detach().to(dtype)
         if next(sources) is None: a.const = True
         else: wanted.append((a,t))
         return a

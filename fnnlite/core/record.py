@@ -73,7 +73,7 @@ def const(
 
 def wants(t:Tensor)->bool:
     "Is `t`'s gradient wanted? Not that of a constant, of integers, or of what is no tensor"
-    return not getattr(t, 'const', False) and callable(getattr(t, 'is_floating_point', None)) and is_float(t)
+    return hasattr(t, 'ndim') and not getattr(t, 'const', False) and is_float(t)
 
 def grad(t)->Tensor|None:
     "`t.g`, or None where there is none"

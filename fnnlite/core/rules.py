@@ -155,7 +155,7 @@ looks = (getters('''shape dtype device ndim is_cuda requires_grad grad_fn is_nes
         can_cast get_device'''))
 cuts = {Tensor.detach, torch.detach, Tensor.detach_, torch.detach_} | {v for o in (torch,Tensor) for v in members(o, '''zeros_like ones_like empty_like
     full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full new_tensor bernoulli''')}
-escapes = members(Tensor, 'numpy __array__ __dlpack__ storage untyped_storage _typed_storage set_')
+escapes = members(Tensor, 'numpy __array__ __dlpack__ storage untyped_storage _typed_storage set_') | {Tensor.data.__set__}
 wanting = {Tensor.requires_grad_, Tensor.requires_grad.__set__}
 asks = Tensor.requires_grad.__get__ # True of what has a gradient
 instead = {Tensor.data.__get__: Tensor.detach} # which shares the count of changes in place, as `.data` doesn't

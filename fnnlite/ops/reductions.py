@@ -204,7 +204,7 @@ def diff_grad(out, inp, n=1, dim=-1, prepend=None, append=None):
 # %% ../../nbs/ops/25_reductions.ipynb #3d269cc1
 def norm_slope(y, x, p, dim=None):
     "The slopes of `y`, the `p`-norm of `x` over `dim`, kept in `y` with size 1"
-    if p==0: return torch.zeros_like(x)
+    if p in (0,1): return x.sign() if p else torch.zeros_like(x)
     if math.isinf(p): return _share(x.sign(), (x.abs()==y) | (x.isnan() & y.isnan()), dim)
     if p==2: return (x/y).masked_fill(y==0, 0)
     ratio = x.abs()/y

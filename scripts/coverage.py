@@ -1,0 +1,89 @@
+"""Go through torch's own database of samples: is each function's gradient, in a recording, autograd's?
+
+    python scripts/coverage.py          # every sample; some minutes
+    python scripts/coverage.py add sum  # of these functions
+
+Float64, a random upstream gradient, 1e-9 of the largest, with torch's kernels and by the formulas alone. Prints what was
+right, what was refused (no rule, for most), what was skipped (complex numbers, or autograd itself has no gradient), and
+what was wrong, and exits with 1 if anything was.
+"""
+import sys, warnings
+from collections import Counter
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+from fnnlite import GradError, recording
+from fnnlite.core.rules import kernels
+
+def database():
+    "torch's functions with their samples, by name"
+    from torch.testing._internal.common_methods_invocations import op_db
+    return {f"{o.name}{'.' if o.variant_test_name else ''}{o.variant_test_name}":o for o in op_db}
+
+def is_float(t): return isinstance(t, torch.Tensor) and t.is_floating_point()
+def floats(o): return [t for t in tree_leaves(o) if is_float(t)]
+def copies(o, grad): # laid out as they were
+    return tree_map(lambda t: t.detach().clone(memory_format=torch.preserve_format).requires_grad_(grad) if is_float(t) else t, o)
+
+def close(name, got, want):
+    got = torch.zeros_like(want) if got is None else got
+    assert got.shape==want.shape and got.dtype==want.dtype, f"{name}: {tuple(got.shape)} {got.dtype}, expected {tuple(want.shape)} {want.dtype}"
+    finite = want[want.isfinite()].abs()
+    tol = 1e-9*max(1., finite.max().item() if len(finite) else 1.)
+    assert torch.allclose(got, want, rtol=1e-9, atol=tol, equal_nan=True), f"{name} is off by {(got-want).abs().nan_to_num().max():.2g}"
+
+def compare(f, args, kwargs)->str:
+    "'right', or why it wasn't compared; AssertionError if it's wrong"
+    if any(t.layout!=torch.strided for t in floats((args,kwargs))): return 'skipped: sparse'
+    a,k = copies((args,kwargs), True)
+    torch.manual_seed(0)
+    try: ref = floats(f(*a, **k))
+    except RuntimeError: return "skipped: torch's own error"
+    ts,live = floats((a,k)),[i for i,o in enumerate(ref) if o.requires_grad]
+    if not live or not ts: return 'skipped: no gradient'
+    ups = [torch.randn_like(ref[i]) for i in live]
+    try: want = torch.autograd.grad([ref[i] for i in live], ts, ups, materialize_grads=True, allow_unused=True)
+    except (RuntimeError,NotImplementedError): return 'skipped: no derivative in torch'
+    a,k = copies((args,kwargs), False)
+    torch.manual_seed(0)
+    try:
+        with recording(audit=False) as rec: outs = floats(f(*a, **k))
+        pairs = [(outs[i],g) for i,g in zip(live, ups) if rec.is_output(outs[i])]
+        if any(outs[i] is t for i in live for t in floats((a,k))): return 'skipped: gives back its input'
+        if pairs: rec.backward(*map(list, zip(*pairs)))
+    except (GradError,NotImplementedError) as e: return f"refused: {str(e).splitlines()[0].partition(': ')[0][:90]}"
+    for i,(o,r) in enumerate(zip(outs, ref)): close(f'output {i}', o, r.detach())
+    for i,(t,w) in enumerate(zip(floats((a,k)), want)): close(f'gradient {i}', t.__dict__.get('g'), w)
+    return 'right'
+
+def samples(op, most=None):
+    "Arguments of `op` that torch's authors found worth testing"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for i,s in enumerate(op.sample_inputs('cpu', torch.float64, requires_grad=False)):
+            if i==most: return
+            yield (s.input,*s.args),s.kwargs
+
+def check(op, most=None)->Counter:
+    "What became of the samples of `op`, with kernels and without"
+    if not op.supports_autograd or torch.float64 not in op.dtypes: return Counter(['skipped: no gradient'])
+    seen = Counter()
+    for args,kwargs in samples(op, most):
+        for kernels.on in (True,False):
+            try: seen[compare(op.op, args, kwargs)] += 1
+            except Exception as e: seen[f"WRONG: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"] += 1
+            finally: kernels.on = True
+    return seen
+
+def main(names):
+    torch.set_num_threads(1)
+    all_ops,total,right = database(),Counter(),set()
+    for name in names or all_ops:
+        seen = check(all_ops[name])
+        for what,n in seen.items():
+            total[what.partition(':')[0]] += n
+            if not what.startswith(('right','skipped')): print(f"{name}: {n} × {what}", flush=True)
+        if seen['right'] and not any(w.startswith('WRONG') for w in seen): right.add(name)
+    print(f"{len(right)} functions right; samples: {dict(total)}")
+    return 1 if total['WRONG'] else 0
+
+if __name__=='__main__': sys.exit(main(sys.argv[1:]))
