@@ -249,6 +249,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fnnlite.core.views.View.of': ('core/views.html#view.of', 'fnnlite/core/views.py'),
                                     'fnnlite.core.views.Views': ('core/views.html#views', 'fnnlite/core/views.py'),
                                     'fnnlite.core.views.Views.behind': ('core/views.html#views.behind', 'fnnlite/core/views.py'),
+                                    'fnnlite.core.views.Views.constant_behind': ( 'core/views.html#views.constant_behind',
+                                                                                  'fnnlite/core/views.py'),
                                     'fnnlite.core.views.Views.in_place': ('core/views.html#views.in_place', 'fnnlite/core/views.py'),
                                     'fnnlite.core.views.Views.look_for_views': ( 'core/views.html#views.look_for_views',
                                                                                  'fnnlite/core/views.py'),

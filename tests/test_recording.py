@@ -163,6 +163,11 @@ def counted(n, x):
 def made_inside(n, x):
     e = torch.ones(4, 5, dtype=x.dtype, requires_grad=True)
     return n.a(x)*(x+e)
+def constants_filled(n, x):
+    z = torch.zeros(4, 5, dtype=x.dtype)
+    with torch.no_grad(): z[1].fill_(7)
+    z[2] = 3.
+    return n.a(x)*z
 def letters(n, x): return torch.einsum('bA,bA', n.a(x), x)*torch.einsum('bA,AC', n.a(x), torch.ones(5, 2, dtype=x.dtype)).sum()
 def whole_numbers(n, x):
     i = torch.zeros(4, 5, dtype=torch.int64)
@@ -207,7 +212,7 @@ def chain_of_views(n, x):
     h[0].mul_(x[0])
     return h
 programs = [loop, loop_that_reads, callee, residual, statement, cache, no_grad, detached, branch, buffer_read, running, chunks, read,
-    checkpointed, tied, twice, unused, handed_on, random, operators, scatter, views, lists, counted, made_inside,
+    checkpointed, tied, twice, unused, handed_on, random, operators, scatter, views, lists, counted, made_inside, constants_filled,
     letters, whole_numbers, ones_more, in_place_row,
     view_of, through_a_view, rows_added, siblings, chain_of_views]
 
@@ -618,6 +623,34 @@ def test_what_a_forward_leaves_on_its_module():
     out,*_ = recorded_call(net, x)
     (out+3*net.aux+net.first[0].exp().sum()).backward()
     torch.testing.assert_close(net.lin.weight.grad, twin.lin.weight.grad, rtol=1e-9, atol=1e-11)
+
+def test_what_a_model_returns_may_be_changed():
+    net,x = nn.Linear(4, 4),torch.randn(3, 4)
+    out,*_ = recorded_call(net, x)
+    out[:,0] = 0.
+    out.mul_(2).sum().backward()
+    want = 2*x.sum(0).expand(4, 4).clone()
+    want[0] = 0
+    torch.testing.assert_close(net.weight.grad, want)
+
+def test_a_buffer_that_requires_grad():
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('d', torch.zeros(4, requires_grad=True))
+        def forward(self, x): return (x+self.d)**2
+    net,x = Shift(),torch.randn(4)
+    recorded_call(net, x)[0].sum().backward()
+    torch.testing.assert_close(net.d.grad, 2*x)
+
+def test_a_bwd_that_reads_a_recorded_attribute():
+    class Scale(Module):
+        def forward(self, x): return x*self.s
+        def bwd(self, out, x): x.g = out.g*self.s
+    scale,x = Scale(),rand(3)
+    with recording(), pytest.raises(GradError, match='self.s was made in this recording'):
+        object.__setattr__(scale, 's', x.sum())
+        scale(x)
 
 def test_a_side_door():
     "What a forward leaves where autograd can't know of it is refused when its gradient arrives."

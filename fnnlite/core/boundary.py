@@ -19,7 +19,7 @@ class Boundary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rec, outs, *asked):
         ctx.rec,ctx.outs,ctx.asked = rec,outs,asked
-        return tuple(o.view_as(o) for o in outs)
+        return tuple(o.clone() for o in outs) # which may be changed in place outside
 
     @staticmethod
     def backward(ctx, *gs):

@@ -180,6 +180,7 @@ class Record(Views, TorchFunctionMode):
         guards.unchanged(self, f, ts, versions)
         changed = [t for t,v in zip(ts, versions) if t._version!=v and hasattr(t, 'mark')]
         for t in changed+not_among(ts, out): self.new_leaf(t) if t.requires_grad else self.mark(t, None)
+        for t in changed: self.constant_behind(t)
         if f not in cuts: self.look_for_views(ts, out, f, args, kwargs)
         elif base_name(f)=='detach': self.mark(ts[0], None)
         return out
@@ -249,6 +250,8 @@ class Record(Views, TorchFunctionMode):
             if hasattr(m, 'bwd'):
                 for p in m._bwd_params() or m._parameters.values():
                     if wants(p): self.leaf(p)
+        for b in root.buffers():
+            if b.requires_grad: self.leaf(b)
         frozen = [p for p in root.parameters() if not p.requires_grad and id(p) not in self.leaves]
         self.consts.update((id(t),t) for t in (*frozen, *(b for b in root.buffers() if not b.requires_grad)))
 

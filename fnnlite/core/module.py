@@ -140,6 +140,9 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
     def _in_recording(self, rec, args, kwargs):
         "The call inside `recording()`: one call of the record, if there is a `bwd` to walk it back"
         if not self.has_bwd: return super().__call__(*args, **kwargs)
+        for k,v in vars(self).items():
+            if isinstance(v, Tensor) and rec.is_output(v): raise GradError(f"{path(self, rec.modules[0] if rec.modules else self)}: "
+                f"self.{k} was made in this recording, and its gradient would be lost: make it an argument of forward")
         call = lambda *args, **kwargs: rec.own(OwnBwd(self), (self._bwd_params(),*args), kwargs)
         return self._hooked_call(call, args, kwargs)
 

@@ -137,7 +137,8 @@ def body_of(f):
     "torch's Python function `f` without its question whether someone else would answer; None if it isn't Python"
     if f not in bodies:
         names = f.__code__.co_names if isinstance(f, types.FunctionType) and f.__module__.split('.')[0]=='torch' else ()
-        body = types.FunctionType(f.__code__, {**f.__globals__, **blind}, f.__name__, f.__defaults__, f.__closure__) if {*names}&{*blind} else None
+        ours = {*names}&{*blind} and 'overrides' not in names # `overrides.has_torch_function` would ask all the same
+        body = types.FunctionType(f.__code__, {**f.__globals__, **blind}, f.__name__, f.__defaults__, f.__closure__) if ours else None
         if body: body.__kwdefaults__ = f.__kwdefaults__
         bodies[f] = body
     return bodies[f]

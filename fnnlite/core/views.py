@@ -81,6 +81,12 @@ class Views:
             t = v.base
         return found
 
+    def constant_behind(self, t):
+        "What the view `t` of a constant shows a part of is a constant still"
+        while (v := self.views.get(id(t))) is not None and not self.has_gradient(v.base):
+            t = v.base
+            self.mark(t, None)
+
     def look_for_views(self, ts, out, f, args, kwargs):
         for i,o in enumerate(floats(out)):
             if o._is_view() and ts and o is not ts[0] and torch._C._is_alias_of(o, ts[0]):
