@@ -40,6 +40,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fnnlite.core.calls.Record.__init__': ('core/calls.html#record.__init__', 'fnnlite/core/calls.py'),
                                     'fnnlite.core.calls.Record.__torch_function__': ( 'core/calls.html#record.__torch_function__',
                                                                                       'fnnlite/core/calls.py'),
+                                    'fnnlite.core.calls.Record.asked_for': ('core/calls.html#record.asked_for', 'fnnlite/core/calls.py'),
                                     'fnnlite.core.calls.Record.backward': ('core/calls.html#record.backward', 'fnnlite/core/calls.py'),
                                     'fnnlite.core.calls.Record.begin': ('core/calls.html#record.begin', 'fnnlite/core/calls.py'),
                                     'fnnlite.core.calls.Record.called': ('core/calls.html#record.called', 'fnnlite/core/calls.py'),

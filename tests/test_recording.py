@@ -507,6 +507,11 @@ def test_nothing_is_left():
     assert len(pickle.dumps(out))<2000 and not M._global_forward_pre_hooks and not M._global_forward_hooks
     assert torch.backends.mha.get_fastpath_enabled() and torch.overrides._len_torch_function_stack()==0
 
+def test_under_no_grad_nothing_is_recorded():
+    x = rand(3)
+    with torch.no_grad(), recording() as rec: out = x*2
+    assert torch.equal(out, 2*x) and not rec.calls()
+
 def test_an_error_leaves_nothing_behind():
     from torch.nn.modules import module as M
     with pytest.raises(ZeroDivisionError), recording(): nn.Tanh()(torch.ones(1)), 1/0
@@ -835,6 +840,14 @@ def test_model_in_a_learner_and_in_a_pickle():
     again = pickle.loads(pickle.dumps(model))
     torch.testing.assert_close(again.predict(x), model.predict(x))
     assert copy.deepcopy(model).recorded is None
+
+def test_model_says_which_parameters_are_ready():
+    model = Model(torch_net(), nn.CrossEntropyLoss())
+    model.layers[0].bias.requires_grad_(False)
+    ready = []
+    model(rand(8, 4), torch.randint(3, (8,)))
+    model.backward(ready=lambda p: ready.append((p, p.grad is not None)))
+    assert {id(p) for p,_ in ready}=={id(p) for p in model.parameters() if p.requires_grad} and all(there for _,there in ready)
 
 def test_model_errors():
     model = Model(torch_net(), nn.CrossEntropyLoss())

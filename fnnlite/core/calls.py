@@ -122,12 +122,7 @@ class Record(Views, TorchFunctionMode):
         "Run `f`; if a gradient will go through it, note the call"
         if f in looks: return self.has_gradient(args[0]) or f(*args) if f==asks else f(*args, **kwargs)
         if f in modes: return self.switched(f, args)
-        if f in wanting and self.is_output(args[0]): return args[0] # it has a gradient anyway
-        if f in wanting:
-            guards.stays_as_it_is(self, f, args[0], kwargs.get('requires_grad', (*args,True)[1]))
-            out = f(*args, **kwargs)
-            if args[0].requires_grad: self.new_leaf(args[0])
-            return out
+        if f in wanting: return self.asked_for(f, args, kwargs)
         f = instead.get(f, f)
         guards.can_see(self, f)
         rule = rule_of(f)
@@ -142,15 +137,15 @@ class Record(Views, TorchFunctionMode):
             if isinstance(target, Tensor) and not is_float(target): return self.constant(f, args, kwargs, ts, versions)
             return self.in_place(f, rule, args, kwargs, ts, sources, versions)
         out = self.plain(rule.forward if rule and rule.forward else f, args, kwargs)
-        own = getattr(f, 'own', False)
-        if own: out = maptree(lambda o: o.view_as(o) if any(o is t for t in ts) else o, out)
+        ours = getattr(f, 'ours', False) # and what it returns is a tensor of its own, even if it returns what it was given
+        if ours: out = maptree(lambda o: o.view_as(o) if any(o is t for t in ts) else o, out)
         guards.unchanged(self, f, ts, versions)
         guards.only_statistics(self, f, rule, args, kwargs, ts, versions)
         new = not_among(ts, out)
         if not new: return out # what was given came back, or nothing that has a gradient
         guards.has_rule(self, f, rule, ts+new)
         self.note(f, rule, args, kwargs, out, sources)
-        if not own: self.look_for_views(ts, out, f, args, kwargs)
+        if not ours: self.look_for_views(ts, out, f, args, kwargs)
         return out
 
     def note(self, f, rule, args, kwargs, out, sources, kept=None):
@@ -192,6 +187,15 @@ class Record(Views, TorchFunctionMode):
         try: return f(*args, **kwargs)
         finally: torch._C._set_grad_enabled(grad)
 
+    def asked_for(self, f, args, kwargs):
+        "`t.requires_grad_()`: a constant becomes a leaf; what came out of a call has a gradient anyway"
+        t = args[0]
+        if self.is_output(t): return t
+        guards.stays_as_it_is(self, f, t, kwargs.get('requires_grad', (*args,True)[1]))
+        out = f(*args, **kwargs)
+        if t.requires_grad: self.new_leaf(t)
+        return out
+
     def switched(self, f, args):
         "`torch.no_grad()` and the like: what is computed there is constant"
         guards.not_in_a_function(self, f)
@@ -219,6 +223,7 @@ class Record(Views, TorchFunctionMode):
     def begin(self):
         if getattr(here, 'record', None) is not None: raise GradError("recording() inside a recording(): use the one that is there")
         guards.no_global_hooks(self)
+        self.no_grad = not torch.is_grad_enabled()
         here.record,self.fast = self,torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False) # attention in evaluation mode would be a call without a rule
         self.hooks = [torch_module.register_module_forward_pre_hook(self.entered),
@@ -275,5 +280,5 @@ def recorded(f):
     def call(*args, **kwargs):
         rec = getattr(here, 'record', None)
         return f(*args, **kwargs) if rec is None or rec.busy else rec.own(call, args, kwargs)
-    call.own = True # what it returns is a tensor of its own, even if it returns what it was given
+    call.ours = True
     return call

@@ -43,7 +43,7 @@ def _bare(t):
 # %% ../../nbs/core/16_module.ipynb #68e37433
 class OwnBwd:
     "A module with a `bwd` as a function of its parameters and its arguments, and that `bwd` as its rule"
-    own = True # what it returns is a tensor of its own
+    ours = True
     def __init__(self, module): self.module,self.__qualname__,self.rule = module,type(module).__name__,Rule(self.bwd)
     def __call__(self, params, *args, **kwargs):
         with torch.enable_grad(): out = self.module.forward(*args, **kwargs)

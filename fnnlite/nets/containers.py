@@ -11,7 +11,7 @@ from torch import nn, Tensor
 from ..core.boundary import recorded_call
 from ..core.calls import here
 from ..core.module import Module
-from ..core.record import GradError, grad
+from ..core.record import GradError, grad, is_param
 from .seeing import evaluating, summary
 
 # %% ../../nbs/nets/42_containers.ipynb #4d84d1b5
@@ -72,7 +72,8 @@ class Model(Module):
         g = g[0] if isinstance(g, (list,tuple)) else grad(the_loss(out)) if g is None else g
         rec.backward(the_loss(inside), g, **kwargs)
         if ready:
-            for p in reversed(list(self.parameters())): ready(p)
+            for leaf in reversed(rec.leaves.values()):
+                if is_param(leaf.t): ready(leaf.t)
         if free: self.recorded = None
 
     def predict(self, *inps, **kwargs):
