@@ -860,3 +860,101 @@ def test_model_errors():
     with pytest.raises(GradError, match="isn't a single number"): bare.backward()
     bare.backward(torch.ones(2, 3))
     assert bare.layers[0].weight.grad.shape==(3,4)
+
+
+# Where a second look found wrong gradients
+
+@pytest.mark.parametrize('f', [lambda h: h[0].expand(3, 5), lambda h: h.view(-1).unfold(0, 5, 1)], ids=['expand','unfold'])
+def test_a_part_of_what_overlaps_is_not_changed(f):
+    def program(n, x):
+        h = n.a(x)
+        f(h)[0].mul_(2)
+        return h*1
+    refused(program, rand(4, 5), match='shows a number more than once')
+
+@pytest.mark.parametrize('f', [lambda x, a: torch.add(x, x*x, alpha=a), lambda x, a: torch.addcmul(x, x, x, value=a),
+    lambda x, a: F.celu(x, a), lambda x, a: F.smooth_l1_loss(x, x*x, reduction='none', beta=a)], ids=['add','addcmul','celu','smooth_l1'])
+def test_a_number_in_a_tensor_changed_later(f):
+    def program(n, x):
+        a = torch.tensor(.5, dtype=torch.float64)
+        out = f(n.a(x), a)
+        a += 1
+        return out
+    same(program, rand(4, 5))
+
+def test_a_number_of_numpys_changed_later():
+    def program(n, x):
+        i = np.array(0)
+        out = n.a(x).select(0, i)
+        i += 1
+        return out
+    same(program, rand(4, 5))
+
+class Door(nn.Module):
+    "Leaves something outside, by a list"
+    def __init__(self, f):
+        super().__init__()
+        self.lin,self.f = nn.Linear(4, 4),f
+    def forward(self, x): return self.f(self.lin(x))
+
+def test_a_side_door_by_a_view_of_what_was_changed():
+    seen = []
+    def leaves(h):
+        h = h*1
+        h.mul_(2)
+        seen.append(h[:,0])
+        return h
+    out,*_ = recorded_call(Door(leaves), torch.randn(3, 4))
+    with pytest.raises(GradError, match='used outside'): (out.mean()+seen[0].pow(2).mean()).backward()
+
+def test_a_side_door_beside_whole_numbers():
+    seen = []
+    def leaves(h):
+        seen.append(h.pow(2).mean())
+        return h.argmax(1)
+    recorded_call(Door(leaves), torch.randn(3, 4))
+    with pytest.raises(GradError, match='used outside'): (seen[0]+1).backward()
+
+@pytest.mark.parametrize('put', [lambda m, s: setattr(m, 's', s), lambda m, s: m.d.update(s=s)], ids=['buffer','dict'])
+def test_a_bwd_that_reads_recorded_numbers_elsewhere(put):
+    class Scale(Module):
+        def __init__(self):
+            self.register_buffer('s', torch.zeros((), dtype=torch.float64))
+            self.d = {}
+        def forward(self, x): return x*self.d.get('s', self.s)
+        def bwd(self, out, x): x.g = out.g*self.d.get('s', self.s)
+    scale,x = Scale(),rand(3)
+    with recording(), pytest.raises(GradError, match='was made in this recording'):
+        put(scale, x.sum())
+        scale(x)
+
+def test_a_new_leaf_is_asked():
+    with recording() as rec:
+        e = torch.ones(2, requires_grad=True)
+        assert e.requires_grad
+        out = (e*3).sum()
+    rec.backward(out)
+    assert e.g.tolist()==[3,3]
+
+def test_a_node_goes_back_once():
+    net,x = nn.Linear(2, 2),torch.ones(1, 2)
+    out = recorded_call(net, x)[0].sum()
+    out.backward(retain_graph=True)
+    out.backward()
+    assert net.bias.grad.tolist()==[2,2]
+    with pytest.raises(RuntimeError, match='second time'): out.backward()
+    assert net.bias.grad.tolist()==[2,2]
+
+@pytest.mark.parametrize('saves,match', [('inq', "saves has 'inq'"), ('inp:oter', "saves has 'oter'")])
+def test_a_misspelt_saves(registry, saves, match):
+    with pytest.raises(ValueError, match=match): gradient_of(torch.cumsum, saves=saves)(lambda out, inp, dim: None)
+
+@pytest.mark.parametrize('g,match', [(torch.ones(1, 3), r'\(1, 3\)'), (3, 'int')])
+def test_before_replaces_a_gradient_by_another(g, match):
+    x = torch.ones(2, 3)
+    with recording() as rec: out = x.sin()
+    with pytest.raises(GradError, match=match): rec.backward(out, torch.ones(2, 3), before=lambda call: setattr(call.out, 'g', g))
+    assert getattr(x, 'g', None) is None
+
+def test_a_layer_made_inside():
+    with recording(), pytest.raises(GradError, match='before the record'): nn.Linear(3, 1)

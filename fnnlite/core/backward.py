@@ -69,7 +69,9 @@ def shares(
         vars(a).update(call.kept, g=torch.zeros_like(t) if g is None else g)
         return a
     seen = call.of(maptree(came_in, call.args), maptree(came_in, call.kwargs), maptree(came_out, call.out))
-    if before: before(seen)
+    if before:
+        before(seen)
+        guards.can_replace(call, seen.out)
     run(seen)
     if after: after(seen)
     for a,t in wanted: guards.passes(call, a, t)

@@ -6,6 +6,7 @@
 __all__ = ['Boundary', 'is_live', 'left_on', 'used_outside', 'recorded_call']
 
 # %% ../../nbs/core/13_boundary.ipynb #b5d8d74d
+from contextlib import suppress
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -19,11 +20,13 @@ class Boundary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rec, outs, *asked):
         ctx.rec,ctx.outs,ctx.asked = rec,outs,asked
+        ctx.save_for_backward(torch.empty(0)) # so that autograd refuses a second time
         return tuple(o.clone() for o in outs) # which may be changed in place outside
 
     @staticmethod
     def backward(ctx, *gs):
         if torch.is_grad_enabled(): raise GradError("backward: create_graph=True asks for a second derivative, which isn't recorded")
+        ctx.saved_tensors
         pairs = [(o,g) for o,g in zip(ctx.outs, gs) if g is not None]
         grads = walk(ctx.rec, *zip(*pairs)) if pairs else {}
         publish(ctx.rec, grads, ctx.asked)
@@ -40,8 +43,8 @@ def left_on(f)->dict:
     modules,internal = f.modules() if isinstance(f, nn.Module) else (),vars(nn.Module())
     return {(m,k):v for m in modules for k,v in vars(m).items() if k not in internal and isinstance(v, (Tensor,list,tuple,dict))}
 
-def used_outside(g): raise GradError("backward: a tensor that was made inside of a Model's forward was used outside, by a way that "
-    "autograd doesn't know of: return it, or keep it as an attribute of a module")
+def used_outside(g): raise GradError(f"backward: a tensor of shape {tuple(g.shape)} was made inside a Model's forward, is not in what the forward "
+    "returned, and was used outside: return it, or keep it as an attribute of a module")
 
 def recorded_call(
     f, # a function, or a module
@@ -54,12 +57,13 @@ def recorded_call(
     left = left_on(f)
     outs = [o for o in tree_leaves((out,list(left.values()))) if is_live(rec, o)]
     asked = [leaf.t for leaf in rec.leaves.values() if leaf.t.requires_grad]
-    if not outs or not asked: return out,rec,out
-    nodes = dict(zip(map(id, outs), Boundary.apply(rec, outs, *asked)))
+    if not asked: return out,rec,out
+    nodes = dict(zip(map(id, outs), Boundary.apply(rec, outs, *asked))) if outs else {}
     autograds = lambda o: tree_map(lambda t: nodes.get(id(t), t), o)
     for (m,k),o in left.items():
         if isinstance(o, list): o[:] = autograds(o)
         else: vars(m)[k] = autograds(o)
-    inside = {id(o):o for call in rec.made for o in floats(call.out) if id(o) not in nodes and rec.is_output(o) and not (o._is_view() and o._version)}
-    for o in inside.values(): o.requires_grad_().register_hook(used_outside)
+    inside = {id(o):o for call in rec.made for o in floats(call.out) if id(o) not in nodes and rec.is_output(o)}
+    for o in inside.values():
+        with suppress(RuntimeError): o.requires_grad_().register_hook(used_outside) # else autograd itself refuses to use it
     return autograds(out),rec,out

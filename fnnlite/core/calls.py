@@ -150,7 +150,8 @@ class Record(Views, TorchFunctionMode):
 
     def note(self, f, rule, args, kwargs, out, sources, kept=None):
         "A call, and that what came out of it is from there"
-        args,kwargs = settled(args),settled(kwargs)
+        consts = {id(t) for t,source in zip(floats((args,kwargs)), sources) if source is None}
+        args,kwargs = settled(args, consts),settled(kwargs, consts)
         self.made.append(Call(len(self.made), f, rule, args, kwargs, out, sources, self.modules, kept))
         came_in = floats((args,kwargs))
         for i,o in enumerate(floats(out)):
@@ -158,7 +159,7 @@ class Record(Views, TorchFunctionMode):
 
     def is_from(self, t, n, i):
         "Are the numbers of `t` output `i` of call `n`?"
-        return getattr(t, 'mark', (None,))[:3]==(self.number,n,i)
+        return (getattr(t, 'mark', None) or ())[:3]==(self.number,n,i)
 
     def is_output(self, t):
         "Is `t` the output of a call?"
@@ -167,7 +168,7 @@ class Record(Views, TorchFunctionMode):
 
     def has_gradient(self, t):
         "Is `t` the output of a call, or a leaf?"
-        return self.is_output(t) or id(t) in self.leaves and getattr(t, 'mark', (None,))[0]!=self.number
+        return self.is_output(t) or id(t) in self.leaves and (getattr(t, 'mark', None) or (None,))[0]!=self.number
 
     def constant(self, f, args, kwargs, ts, versions):
         "Run `f` where no gradient goes through it"
@@ -267,7 +268,7 @@ class Record(Views, TorchFunctionMode):
 def not_among(ts, out): return [o for o in floats(out) if all(o is not t for t in ts)]
 
 def recording(
-    *inps, # if given, no other tensor from outside may come in
+    *inps, # if given, no other tensor from outside may come in, but parameters
     audit:bool=True, # notice what is computed unseen? It takes time
 )->Record:
     "`with recording() as rec:` records calls of torch's functions; `rec.backward(loss)` walks back over them"

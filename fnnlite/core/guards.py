@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['shape', 'can_see', 'not_in_a_function', 'stays_as_it_is', 'same_form', 'fresh', 'from_here', 'no_hook',
-           'no_global_hooks', 'only_statistics', 'no_hooks', 'other_record', 'stays_inside', 'made_here', 'unchanged',
-           'has_rule', 'can_start', 'as_it_was', 'upstream_as_it_was', 'passes', 'Watch']
+           'no_global_hooks', 'only_statistics', 'no_hooks', 'other_record', 'stays_inside', 'made_here',
+           'shows_each_once', 'unchanged', 'has_rule', 'can_start', 'as_it_was', 'can_replace', 'upstream_as_it_was',
+           'passes', 'Watch']
 
 # %% ../../nbs/core/09_guards.ipynb #e09ed16e
 import torch
@@ -89,8 +90,16 @@ def stays_inside(rec, f):
 
 def made_here(rec, f, t):
     "Refuse recorded numbers written into a tensor that outlives the record"
-    if getattr(t, 'mark', (None,))[0]!=rec.number:
+    if (getattr(t, 'mark', None) or (None,))[0]!=rec.number:
         rec.fail(f, f"changes {shape(t)} in place that was made outside the record: change a clone()")
+
+def shows_each_once(rec, f, t):
+    "Refuse to change in place where one number stands in several places"
+    reach = 0
+    for stride,size in sorted(zip(t.stride(), t.shape)):
+        if size>1 and stride<=reach:
+            rec.fail(f, f"changes a part of {shape(t)} in place, which shows a number more than once: change a clone()")
+        reach += (size-1)*stride
 
 # %% ../../nbs/core/09_guards.ipynb #48524258
 def unchanged(rec, f, ts, versions):
@@ -101,6 +110,7 @@ def unchanged(rec, f, ts, versions):
 
 def has_rule(rec, f, rule, ts):
     "Refuse a call that can't be walked back"
+    if getattr(f, '__module__', '')=='torch.nn.init': rec.fail(f, "is an initialisation: make the module before the record")
     if rule is None: rec.fail(f, "has no gradient rule: register one with gradient_of, or Wrap what calls it")
     for t in ts:
         if t.is_complex(): rec.fail(f, f"has complex numbers, in {shape(t)}, for which there are no rules: Wrap what calls it")
@@ -109,7 +119,8 @@ def has_rule(rec, f, rule, ts):
 def can_start(rec, o, g):
     "Refuse to start at a tensor that has no gradient, or with one that doesn't fit; else, where it came from"
     source = rec.source(o, 'backward')
-    if not isinstance(source, tuple): raise GradError(f"backward: {shape(o)} is no output of a recorded call, or wants no gradient")
+    if not isinstance(source, tuple): raise GradError(f"backward: {shape(o)} is no output of a recorded call, or wants no gradient: "
+        "compute it inside the record, from what has a gradient")
     if g is None and o.numel()!=1:
         raise GradError(f"backward: {shape(o)} isn't a single number, so it needs the gradient to start from: backward(out, g)")
     if g is not None and (g.shape!=o.shape or g.dtype!=o.dtype):
@@ -127,6 +138,14 @@ def as_it_was(call):
     for (t,version),(name,*more) in zip(call.noted, names):
         if t._version!=version and any(call.rule.reads(n, wanted) for n in (name,*more)): raise GradError(f"{call}: '{name}', {shape(t)}, "
             "was changed in place after the call, and the rule reads it: change a clone()")
+
+def can_replace(call, out):
+    "Refuse what `before` put in place of a gradient unless it can be one"
+    for o in floats(out):
+        g = o.g
+        if not isinstance(g, Tensor): raise GradError(f"{call}: `before` set an out.g of type {type(g).__name__}, expected a tensor")
+        if g.shape!=o.shape or g.dtype!=o.dtype: raise GradError(f"{call}: `before` set an out.g of {tuple(g.shape)} {g.dtype}, "
+            f"expected {tuple(o.shape)} {o.dtype}")
 
 def upstream_as_it_was(call, gs, versions):
     "Refuse a rule that changed `out.g` in place, which others read too"

@@ -12,6 +12,7 @@ import torch
 from torch import nn, Tensor
 from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from fastcore.meta import PrePostInitMeta
 from .calls import here
@@ -140,8 +141,10 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
     def _in_recording(self, rec, args, kwargs):
         "The call inside `recording()`: one call of the record, if there is a `bwd` to walk it back"
         if not self.has_bwd: return super().__call__(*args, **kwargs)
-        for k,v in vars(self).items():
-            if isinstance(v, Tensor) and rec.is_output(v): raise GradError(f"{path(self, rec.modules[0] if rec.modules else self)}: "
+        internal = vars(nn.Module())
+        for k,v in ({k:v for k,v in vars(self).items() if k not in internal}|self._buffers).items():
+            if any(isinstance(t, Tensor) and not is_param(t) and rec.has_gradient(t) for t in tree_leaves(v)): raise GradError(
+                f"{path(self, rec.modules[0] if rec.modules else self)}: "
                 f"self.{k} was made in this recording, and its gradient would be lost: make it an argument of forward")
         call = lambda *args, **kwargs: rec.own(OwnBwd(self), (self._bwd_params(),*args), kwargs)
         return self._hooked_call(call, args, kwargs)

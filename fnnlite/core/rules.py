@@ -43,6 +43,10 @@ class Rule:
         self.names = [p.name for p in params if p.kind is not Parameter.VAR_KEYWORD]
         self.saved = None if self.saves is None else {(name,of) for o in self.saves.split() for name,_,of in [o.partition(':')]}
         self.rest = next((p.name for p in params if p.kind is Parameter.VAR_POSITIONAL), None)
+        known = {'','out','values','indices',*self.names} # the middle ones: outputs of sort and its like
+        if not (self.forward or any(p.kind is Parameter.VAR_KEYWORD for p in params)):
+            for name in {n for pair in self.saved or () for n in pair}-known: raise ValueError(f"gradient_of: saves has '{name}', "
+                f"expected 'out' or an argument of {self.grad.__name__}: {', '.join(self.names)}")
 
     def reads(self, name, wanted=None)->bool:
         "Does it read the numbers of the argument `name`, where the gradients of `wanted` are asked for? (None: of all)"
@@ -113,6 +117,7 @@ operators = {'__iadd__':'add', '__isub__':'sub', '__imul__':'mul', '__ipow__':'p
 
 def base_name(f)->str:
     "The name of the function that `f` is in place; '' if it isn't, by its name"
+    if getattr(f, 'ours', False): return '' # `recorded`: its name says nothing
     name = getattr(f, '__name__', '')
     return operators.get(name) or (name[:-1] if name.endswith('_') and not name.endswith('__') else '')
 

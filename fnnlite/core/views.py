@@ -17,13 +17,14 @@ def kept_on(out):
     "What a `forward` of ours kept on its output"
     return {k:v for o in floats(out)[:1] for k,v in vars(o).items() if k not in ('mark','g','const')}
 
-def settled(o):
-    "`o` as it is now: lists, and whole numbers in tensors, may be changed later"
-    if isinstance(o, Tensor): return o.clone() if o.ndim==0 and not is_float(o) else o
+def settled(o, consts=()):
+    "`o` as it is now: lists, arrays, and single numbers in tensors (whole ones, and those in `consts`) may be changed later"
+    if isinstance(o, Tensor): return o.clone() if o.ndim==0 and (not is_float(o) or id(o) in consts) else o
+    if hasattr(o, '__array__'): return o.copy() # numpy's
     if isinstance(o, slice): return slice(*(int(v) if isinstance(v, Tensor) else v for v in (o.start,o.stop,o.step)))
-    if isinstance(o, dict): return {k:settled(v) for k,v in o.items()}
+    if isinstance(o, dict): return {k:settled(v, consts) for k,v in o.items()}
     if not isinstance(o, (list,tuple)): return o
-    new = [settled(v) for v in o]
+    new = [settled(v, consts) for v in o]
     return type(o)(*new) if hasattr(o, '_fields') else type(o)(new)
 
 def form(t): return t.shape,t.stride()
@@ -77,6 +78,7 @@ class Views:
         found = []
         while (v := self.views.get(id(t))) is not None:
             if form(v.base)!=v.form: guards.fresh(self, f, v.base, None)
+            guards.shows_each_once(self, f, v.base)
             found.append((v.base, self.source(v.base, f), t, v.of))
             t = v.base
         return found

@@ -56,14 +56,14 @@ class Model(Module):
 
     def __getstate__(self): return {**super().__getstate__(), 'recorded': None}
     def _last(self):
-        if self.recorded is None: raise GradError(f"{type(self).__name__}: there is no record of a forward (of a net of fnnlite's own "
-            "modules alone, look at each module's `args` and `out`)")
+        if self.recorded is None: raise GradError(f"{type(self).__name__}: there is no record of a forward: call the model first, with "
+            "grad enabled, and again after backward(free=True); in a net of fnnlite's own modules, look at each module's `args` and `out`")
         return self.recorded
 
     def backward(self,
         g=None, # gradient with respect to the loss; default: the `.g` it has, or 1
         free:bool=False, # let go of the record afterwards?
-        ready=None, # is called with each parameter as soon as its `.g` is final
+        ready=None, # is called with each parameter once its `.g` is final; in a net of others' modules, after the walk
         **kwargs, # see `Record.backward`
     ):
         "Walk back over the last call; afterwards every tensor that entered or left a call in it has its `.g`"
