@@ -958,3 +958,92 @@ def test_before_replaces_a_gradient_by_another(g, match):
 
 def test_a_layer_made_inside():
     with recording(), pytest.raises(GradError, match='before the record'): nn.Linear(3, 1)
+
+@pytest.mark.parametrize('hook', [True, False])
+def test_a_side_door_for_an_output(hook):
+    seen,net = [],Door(lambda h: h if hook else seen.append(h) or h)
+    if hook: net.lin.register_forward_hook(lambda m, args, out: seen.append(out))
+    out,*_ = recorded_call(net, torch.randn(3, 4))
+    with pytest.raises(GradError, match='used outside'): (out.mean()+seen[0].pow(2).mean()).backward()
+
+def test_a_side_door_for_a_view_of_a_parameter():
+    seen,net = [],Door(lambda h: h.sum())
+    net.f = lambda h: seen.append(net.lin.weight[0]) or h.sum()
+    out,*_ = recorded_call(net, torch.randn(3, 4))
+    with pytest.raises(GradError, match='used outside'): (out+seen[0].sum()).backward()
+
+def test_a_shared_dict_stays_shared():
+    d = {'scale':2.}
+    class Scaled(Door):
+        def forward(self, x):
+            out = self.lin(x).sum()*self.d['scale']
+            self.d['aux'] = out**2
+            return out
+    net,x = Scaled(None),torch.ones(1, 4)
+    net.d,net.shape = d,torch.Size((2, 3))
+    recorded_call(net, x)
+    d['scale'] = 5.
+    out,*_ = recorded_call(net, x)
+    assert net.d is d and net.shape.numel()==6
+    grad, = torch.autograd.grad(d['aux'], net.lin.bias)
+    torch.testing.assert_close(grad, (10*out).expand(4))
+
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    @torch.jit.script
+    def scripted(h): return h*h
+
+@pytest.mark.parametrize('f', [scripted, lambda h: (h.sum(), scripted(h))], ids=['alone','beside'])
+def test_an_output_computed_unseen(f):
+    with pytest.raises(GradError, match='unseen|outside'): recorded_call(Door(f), torch.randn(3, 4))
+
+def test_outputs_from_elsewhere():
+    "An input, a parameter, a buffer, a constant: handed on as they are."
+    class Hands(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin,self.table = nn.Linear(2, 2),torch.ones(2)
+            self.register_buffer('b', torch.ones(2))
+        def forward(self, x): return self.lin(x),x,self.b,self.table,self.lin.weight,torch.zeros(2),x.detach()*2
+    net,x = Hands(),torch.ones(1, 2)
+    out,*_ = recorded_call(net, x)
+    assert out[1] is x and out[2] is net.b and out[3] is net.table and out[4] is net.lin.weight
+    out[0].sum().backward()
+    assert net.lin.bias.grad.tolist()==[1,1]
+
+def test_a_head_behind_our_parameters():
+    from fnnlite import Lin
+    net,head,x = nn.Sequential(nn.Tanh(), Lin(2, 2)),nn.Linear(2, 1),torch.ones(3, 2)
+    out,*_ = recorded_call(net, x)
+    head(out).sum().backward()
+    torch.testing.assert_close(net[1].w.g, x.tanh().t()@head.weight.detach().expand(3, 2))
+
+def test_a_branch_on_what_asks():
+    def program(n, x): return n.a(x)*(10 if x.requires_grad or x.sin().requires_grad else 1)*(2 if n.a(x).requires_grad else 1)
+    net,x = Net(),rand(4, 5)
+    wrapped = type('Wrapped', (nn.Module,), {'forward': lambda self, x: program(self.net, x)})()
+    wrapped.net = net
+    out,*_ = recorded_call(wrapped, x)
+    assert torch.equal(out, program(net, x))
+
+def test_a_name_that_ends_as_in_place(registry):
+    @recorded
+    def mul_(a, b): return a*b*2
+    x = rand(3)
+    def program(h): return (mul_(h, h+1)+h).sum()
+    with recording(), pytest.raises(GradError, match='no gradient rule'): program(x*1)
+    @gradient_of(mul_)
+    def mul_grad(out, a, b): a.g,b.g = 2*out.g*b,2*out.g*a
+    with recording() as rec: out = program(x*1)
+    rec.backward(out)
+    torch.testing.assert_close(x.g, 4*x+3)
+
+def test_a_mask_that_a_module_keeps():
+    class Gate(Module):
+        def forward(self, x):
+            self.mask = (x>0).to(x.dtype)
+            return x*self.mask
+        def bwd(self, out, x): x.g = out.g*self.mask
+    net,x = nn.Sequential(nn.Linear(2, 2), Gate()),torch.ones(1, 2)
+    recorded_call(net, x)[0].sum().backward()
+    torch.testing.assert_close(net[0].bias.grad, net[1].mask[0])

@@ -64,8 +64,9 @@ numbers,here = itertools.count(),threading.local() # here.record: the one that t
 
 class Record(Views, TorchFunctionMode):
     "The calls of torch's functions made inside it"
-    def __init__(self, inps=(), strict=False, audit=True):
+    def __init__(self, inps=(), strict=False, audit=True, asked_only=False):
         super().__init__()
+        self.asked_only = asked_only # does `t.requires_grad` say what autograd would, or what has a gradient here?
         self.number,self.made,self.leaves,self.strict = next(numbers),[],{},strict
         self.views = {} # by their id
         self.consts = {} # buffers and frozen parameters, by their id
@@ -120,7 +121,7 @@ class Record(Views, TorchFunctionMode):
 
     def called(self, f, args, kwargs):
         "Run `f`; if a gradient will go through it, note the call"
-        if f in looks: return self.has_gradient(args[0]) or f(*args) if f==asks else f(*args, **kwargs)
+        if f in looks: return self.asks_gradient(args[0]) or f(*args) if f==asks else f(*args, **kwargs)
         if f in modes: return self.switched(f, args)
         if f in wanting: return self.asked_for(f, args, kwargs)
         f = instead.get(f, f)
@@ -153,6 +154,8 @@ class Record(Views, TorchFunctionMode):
         consts = {id(t) for t,source in zip(floats((args,kwargs)), sources) if source is None}
         args,kwargs = settled(args, consts),settled(kwargs, consts)
         self.made.append(Call(len(self.made), f, rule, args, kwargs, out, sources, self.modules, kept))
+        asked = [s.t.requires_grad or is_param(s.t) if isinstance(s, Leaf) else self.made[s[0]].asked for s in sources if s]
+        self.made[-1].asked = any(asked)
         came_in = floats((args,kwargs))
         for i,o in enumerate(floats(out)):
             if all(o is not t for t in came_in): self.mark(o, len(self.made)-1, i)
@@ -169,6 +172,12 @@ class Record(Views, TorchFunctionMode):
     def has_gradient(self, t):
         "Is `t` the output of a call, or a leaf?"
         return self.is_output(t) or id(t) in self.leaves and (getattr(t, 'mark', None) or (None,))[0]!=self.number
+
+    def asks_gradient(self, t):
+        "What `t.requires_grad` says"
+        if not self.asked_only or not self.has_gradient(t): return self.has_gradient(t)
+        if not self.is_output(t): return t.requires_grad or is_param(t)
+        return self.made[t.mark[1]].asked
 
     def constant(self, f, args, kwargs, ts, versions):
         "Run `f` where no gradient goes through it"
