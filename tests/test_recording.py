@@ -1047,3 +1047,40 @@ def test_a_mask_that_a_module_keeps():
     net,x = nn.Sequential(nn.Linear(2, 2), Gate()),torch.ones(1, 2)
     recorded_call(net, x)[0].sum().backward()
     torch.testing.assert_close(net[0].bias.grad, net[1].mask[0])
+
+class Gated(Module):
+    "Its bwd reads what stands on the module."
+    def __init__(self):
+        self.register_buffer('s', torch.tensor(2., dtype=torch.float64))
+        self.k,self.calls = 2.,0
+    def forward(self, x):
+        self.mask,self.calls = (x>0).to(x.dtype),self.calls+1
+        return x*self.mask*self.s*self.k
+    def bwd(self, out, x): x.g = out.g*self.mask*self.s*self.k
+
+@pytest.mark.parametrize('change,name', [(lambda m: m.s.mul_(3), 's'), (lambda m: setattr(m, 's', torch.tensor(6.)), 's'),
+    (lambda m: setattr(m, 'k', 6.), 'k'), (lambda m: m(rand(3)), 'mask')], ids=['in place','buffer','number','second call'])
+def test_a_bwd_that_reads_what_was_changed(change, name):
+    m,x = Gated(),rand(3)
+    with recording() as rec:
+        out = m(x).sum()
+        change(m)
+    with pytest.raises(GradError, match=f'Gated: .*self.{name}.*changed after the call'): rec.backward(out)
+    assert getattr(x, 'g', None) is None
+
+def test_a_bwd_that_does_not_read_what_was_changed():
+    m,x = Gated(),rand(3)
+    with recording() as rec: out = m(x).sum()
+    m.calls,m.other = 7,torch.ones(2)
+    rec.backward(out)
+    torch.testing.assert_close(x.g, 4*(x>0).to(x.dtype))
+
+def test_a_record_is_entered_once():
+    x = rand(3)
+    with recording() as rec: h = x*2
+    k = h*3
+    with pytest.raises(GradError, match='a second time'):
+        with rec: (h*h+k).sum()
+    with recording() as other: out = (x*x).sum() # nothing is left of the attempt
+    other.backward(out)
+    torch.testing.assert_close(x.g, 2*x)

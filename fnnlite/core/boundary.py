@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from .backward import publish, walk
 from .calls import Record
-from .record import GradError, floats, is_float, is_param, wants
+from .record import GradError, floats, internals, is_float, is_param, wants
 
 # %% ../../nbs/core/13_boundary.ipynb #7e77f5e3
 class Boundary(torch.autograd.Function):
@@ -40,8 +40,8 @@ def is_live(rec, o):
 def left_on(f)->dict:
     "What a forward left on its modules, an auxiliary loss perhaps, by module and attribute"
     if not isinstance(f, nn.Module): f = getattr(f, '__self__', None)
-    modules,internal = f.modules() if isinstance(f, nn.Module) else (),vars(nn.Module())
-    return {(m,k):v for m in modules for k,v in vars(m).items() if k not in internal and isinstance(v, (Tensor,list,tuple,dict))}
+    modules = f.modules() if isinstance(f, nn.Module) else ()
+    return {(m,k):v for m in modules for k,v in vars(m).items() if k not in internals and isinstance(v, (Tensor,list,tuple,dict))}
 
 def from_outside(f, ts, known):
     "Refuse an output of `f` that no call made, and that wasn't there before: its gradient would be lost"

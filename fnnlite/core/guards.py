@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['shape', 'can_see', 'not_in_a_function', 'stays_as_it_is', 'same_form', 'fresh', 'from_here', 'no_hook',
-           'no_global_hooks', 'only_statistics', 'no_hooks', 'other_record', 'stays_inside', 'made_here',
-           'shows_each_once', 'unchanged', 'has_rule', 'can_start', 'as_it_was', 'can_replace', 'upstream_as_it_was',
-           'passes', 'Watch']
+           'entered_once', 'no_global_hooks', 'only_statistics', 'no_hooks', 'other_record', 'stays_inside',
+           'made_here', 'shows_each_once', 'unchanged', 'has_rule', 'can_start', 'as_it_was', 'can_replace',
+           'upstream_as_it_was', 'passes', 'Watch']
 
 # %% ../../nbs/core/09_guards.ipynb #e09ed16e
 import torch
@@ -62,6 +62,10 @@ def no_hook(t):
     "Refuse to put a gradient on what has a hook, which only autograd calls"
     if t._backward_hooks or t._post_accumulate_grad_hooks: raise GradError(f"backward: {shape(t)} has a hook, which only autograd would call: "
         "call backward() on the loss that a Model returns, or read .g in place of the hook")
+
+def entered_once(rec):
+    "Refuse to go on with a record: what was computed in between isn't in it"
+    if rec.made: raise GradError("recording: entered a second time, and what was computed in between isn't in it: make a new one")
 
 def no_global_hooks(rec):
     from torch.nn.modules import module as m

@@ -48,6 +48,7 @@ class OwnBwd:
     def __init__(self, module): self.module,self.__qualname__,self.rule = module,type(module).__name__,Rule(self.bwd)
     def __call__(self, params, *args, **kwargs):
         with torch.enable_grad(): out = self.module.forward(*args, **kwargs)
+        self.called = as_called(self.module)
         return maptree(self.without_grad, out)
     def without_grad(self, o):
         if not o.requires_grad: return o
@@ -55,7 +56,7 @@ class OwnBwd:
         vars(new).update(vars(o)) # what `forward` kept on it
         return new
     def bwd(self, out, params, *args, **kwargs):
-        stand_in(self.module, dict(zip(self.module._bwd_params(), params))).bwd(out, *args, **kwargs)
+        stand_in(self.module, dict(zip(self.module._bwd_params(), params)), self.called).bwd(out, *args, **kwargs)
 
 # %% ../../nbs/core/16_module.ipynb #c4caaa6c
 class Module(nn.Module, metaclass=PrePostInitMeta):
@@ -141,8 +142,7 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
     def _in_recording(self, rec, args, kwargs):
         "The call inside `recording()`: one call of the record, if there is a `bwd` to walk it back"
         if not self.has_bwd: return super().__call__(*args, **kwargs)
-        internal = vars(nn.Module())
-        for k,v in ({k:v for k,v in vars(self).items() if k not in internal}|self._buffers).items():
+        for k,v in held(self).items():
             if any(isinstance(t, Tensor) and not is_param(t) and rec.has_gradient(t) for t in tree_leaves(v)): raise GradError(
                 f"{path(self, rec.modules[0] if rec.modules else self)}: "
                 f"self.{k} was made in this recording, and its gradient would be lost: make it an argument of forward")
