@@ -47,7 +47,7 @@ def fnn_step(model, opt, how='eager'):
         model.backward()
         opt.step()
         opt.zero_grad()
-        return loss
+        return loss.detach()
     return step
 
 def build_fnnlite(w, opt, device, how):

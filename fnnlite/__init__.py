@@ -7,26 +7,27 @@ from . import functional
 from .core.record import GradError, const, wants
 from .core.module import Module
 from .core.checks import check_grads, test_near
-from .core.calls import recorded, recording
+from .core.boundary import recorded
+from .core.calls import recording
 from .core.rules import gradient_of
 from .ops.linears import Lin, Matmul
 from .ops.elementwise import Add, Log, Mul
 from .ops.activations import LogSoftmax, Relu, Sigmoid, Softmax, Tanh
 from .ops.shapes import Concat, Flatten, Reshape
 from .ops.dropouts import Dropout
+from .ops.convolutions import Conv2d
 from .ops.losses import BCEWithLogits, CrossEntropy, Mse, NLL
 from .ops.wraps import Wrap
-from .ops import attentions, embeddings, indexing, normalisations, reductions, torch_losses # the rest of the rules
+from .ops import alignments, attentions, embeddings, indexing, normalisations, recurrences, reductions, torch_losses # the rest of the rules
 from .nets.containers import Model, Sequential
-from .nets.bridges import from_torch, to_torch
 from .train.optimizers import SGD, Adam, AdamW, RMSprop
 
 # loaded when used
 _when_used = {'DataLoaders':'data.digits', 'load_mnist':'data.digits', 'Learner':'train.learners', 'accuracy':'train.learners',
     'save_weights':'train.checkpoints', 'load_weights':'train.checkpoints', 'Distributed':'train.distributed', 'compile_step':'train.compiled'}
 
-__all__ = ['GradError', 'const', 'wants', 'Module', 'Add', 'Concat', 'Dropout', 'Flatten', 'Lin', 'Log', 'LogSoftmax', 'Matmul', 'Mul', 'Relu', 'Reshape',
-    'Sigmoid', 'Softmax', 'Tanh', 'BCEWithLogits', 'CrossEntropy', 'Mse', 'NLL', 'Model', 'Sequential', 'Wrap', 'from_torch', 'to_torch', 'SGD', 'Adam', 'AdamW',
+__all__ = ['GradError', 'const', 'wants', 'Module', 'Add', 'Concat', 'Conv2d', 'Dropout', 'Flatten', 'Lin', 'Log', 'LogSoftmax', 'Matmul', 'Mul', 'Relu', 'Reshape',
+    'Sigmoid', 'Softmax', 'Tanh', 'BCEWithLogits', 'CrossEntropy', 'Mse', 'NLL', 'Model', 'Sequential', 'Wrap', 'SGD', 'Adam', 'AdamW',
     'RMSprop', 'check_grads', 'test_near', 'gradient_of', 'recorded', 'recording', *_when_used]
 
 def __getattr__(name):

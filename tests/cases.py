@@ -3,7 +3,7 @@ tested by going through this list. A new class needs a line here."""
 from typing import Callable, NamedTuple
 import torch
 from torch import nn
-from fnnlite import (Add, BCEWithLogits, Concat, CrossEntropy, Dropout, Flatten, Lin, Log, LogSoftmax, Matmul,
+from fnnlite import (Add, BCEWithLogits, Concat, Conv2d, CrossEntropy, Dropout, Flatten, Lin, Log, LogSoftmax, Matmul,
     Module, Mse, Mul, NLL, Relu, Reshape, Sigmoid, Softmax, Tanh, Wrap)
 from fnnlite.ops.losses import Loss
 from helpers import Lin64, rand
@@ -33,6 +33,7 @@ cases = [
     Case(Concat, lambda: [rand(3, 2), rand(3, 1), rand(3, 4)]),
     Case(lambda: Reshape(2, -1), lambda: [rand(4, 3)]),
     Case(lambda: Reshape(12), lambda: [rand(3, 4).t()]),
+    Case(lambda: Conv2d(2, 3, dtype=torch.float64), lambda: [rand(2, 2, 5, 5)]),
     Case(Flatten, lambda: [rand(4, 3, 2)]),
     Case(lambda: Dropout(.4), lambda: [rand(6, 4)]),
     Case(lambda: Dropout().eval(), lambda: [rand(3, 2)]),

@@ -4,8 +4,8 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 import pytest, torch, torch.distributed as dist
-from fnnlite import SGD, Add, AdamW, CrossEntropy, DataLoaders, Distributed, Dropout, GradError, Learner, Lin, Model, Module, Mse, Relu, Tanh, accuracy
-from fnnlite.core.record import grad
+from fnnlite import SGD, Add, AdamW, CrossEntropy, DataLoaders, Distributed, Dropout, Learner, Lin, Model, Module, Mse, Relu, Tanh, accuracy
+from fnnlite.core.record import GradError
 from fnnlite.train import callbacks as cb
 from fnnlite.train.callbacks import Callback, Checkpoint, NonFiniteError, OneCycle
 from fnnlite.train.distributed import DistributedError, own_device, processes, share
@@ -173,15 +173,15 @@ def weight_in_the_batch_is_kept(folder):
     def scale(self): self.loss.g = torch.full_like(self.loss, 2.)
     assert 'multiply' in fails(DistributedError, On('before_backward', scale))
     def unfreeze(self): self.model.unfreeze()
-    model = net()
-    model.layers[0].freeze()
-    assert 'unfreeze it earlier' in fails(DistributedError, On('after_pred', unfreeze), On('before_fit', lambda self: self.model.layers[2].freeze()))
+    frozen = lambda: On('before_fit', lambda self: self.model.layers[2].freeze())
+    assert 'unfreeze it earlier' in fails(DistributedError, On('before_batch', unfreeze), frozen())
+    assert_as_one(lambda: On('after_pred', unfreeze), frozen) # from the next batch on
     assert_as_one(lambda: On('before_epoch', lambda self: self.model.layers[2].freeze(self.epoch==1)))
 
 def sent_while_walking(folder):
     "When the last layer's gradient is on its way, the first layer has none yet."
     seen,together = [],Distributed(bucket=1)
-    def look(self, p): seen.append((len(together.works), grad(self.model.layers[0].w) is None))
+    def look(self, p): seen.append((len(together.works), self.model.layers[0].w.g is None))
     learner(together, On('grad_ready', look)).fit(1)
     assert len(seen)==3*6 and seen[:2]==[(0,True),(2,True)] and [w for w,_ in seen[:6]]==sorted(w for w,_ in seen[:6]), seen
     assert [none for _,none in seen[:6]]==[True]*4+[False]*2
@@ -215,7 +215,7 @@ def errors_name_the_process(folder):
     assert err.getvalue().startswith(f"fnnlite_train (process {rank()}): device is 'abacus'") and len(err.getvalue().splitlines())==1
 
 
-# torch's own ways, under autograd
+# torch's own ways
 
 x,y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64),torch.arange(12)%3
 opts = dict(torch=partial(torch.optim.AdamW, lr=.02), AdamW=partial(AdamW, lr=.02), momentum=sgd)
@@ -226,7 +226,7 @@ def sharded(model):
     mesh = init_device_mesh('cpu', (dist.get_world_size(),))
     for l in model.layers:
         if list(l.parameters()): fully_shard(l, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    return fully_shard(model.as_nodes(), mesh=mesh) # whose hooks are autograd's, between the layers
 
 def steps(model, opt, n):
     "Losses of `n` steps on this process's share of the twelve rows"
@@ -255,11 +255,11 @@ def alone(opt, n):
     return res,list(model.parameters())
 
 def torchs_wrappers(folder):
-    "DistributedDataParallel and fully_shard around a net that requires grad, unchanged."
+    "DistributedDataParallel around a model as it is, fully_shard around one whose layers are nodes."
     for wrap in torch.nn.parallel.DistributedDataParallel,sharded:
         for opt in opts.values():
             torch.manual_seed(1)
-            model = net().requires_grad_()
+            model = net()
             wrapped = wrap(model)
             got,(want,weights) = steps(wrapped, opt(model.parameters()), 3),alone(opt, 3)
             assert got==pytest.approx(want, rel=1e-10)
@@ -271,7 +271,7 @@ def torchs_checkpoint(folder, save=False, wrap=lambda m: m):
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     for name,make in opts.items():
         torch.manual_seed(1 if save else 2)
-        model = wrap(net().requires_grad_())
+        model = wrap(net())
         opt = make(model.parameters())
         if save: steps(model, opt, 3)
         weights,memory = get_state_dict(model, opt)

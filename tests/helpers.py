@@ -5,7 +5,7 @@ from pkgutil import iter_modules
 import pytest, torch
 from fnnlite import Lin, Module, wants
 from fnnlite.core.module import through_forward
-from fnnlite.core.record import floats, grad, maptree
+from fnnlite.core.record import floats, maptree
 
 
 def rand(*shape): return torch.randn(shape, dtype=torch.float64) # () as well
@@ -27,7 +27,7 @@ def agree(out, back, op, ts, **tols):
     auto = iter(torch.autograd.grad(want, [r for r in refs if r.requires_grad], g))
     for t,r in zip(ts, refs, strict=True):
         a = next(auto) if r.requires_grad else None
-        if a is None or not wants(t): assert grad(t) is None
+        if a is None or not wants(t): assert t.g is None
         else: close(t.g, a, **(tols or tight))
 
 def rooms(package):
@@ -47,21 +47,28 @@ def by_autograd(module, *args, g=None):
     return [torch.zeros_like(t) if t.grad is None else t.grad for t in ts]
 
 def assert_grads(module, *args, times=1):
-    "After `backward()` from a random upstream gradient, every `.g` is autograd's, in value, shape and dtype."
-    args = maptree(lambda t: t.detach().clone(), args)
-    seed = torch.initial_seed()
-    torch.manual_seed(seed)
-    outs = floats(module(*args))
-    gs = [torch.randn_like(o) for o in outs]
-    module.backward(gs)
-    torch.manual_seed(seed)
-    auto = by_autograd(module, *args, g=gs)
-    names = [f'input {i}' for i in range(len(floats(args)))] + [n for n,_ in module.named_parameters()]
-    for name,t,a in zip(names, floats(args)+list(module.parameters()), auto, strict=True):
-        g = torch.zeros_like(t) if grad(t) is None else t.g
-        n = times if isinstance(t, torch.nn.Parameter) else 1
-        torch.testing.assert_close(g, n*a, rtol=1e-9, atol=1e-11, msg=lambda m: f"{name}: {m}")
-        assert not isinstance(t, torch.nn.Parameter) or t.grad is grad(t)
+    """After a backward pass from a random upstream gradient, by hand and by autograd, with inputs that require grad and
+    ones that don't, every gradient is what autograd finds through the forwards, in value, shape and dtype."""
+    params,twin = list(module.parameters()),deepcopy(module)
+    before,names = [p.grad for p in params],[f'input {i}' for i in range(len(floats(args)))]+[n for n,_ in module.named_parameters()]
+    by_hand,by_loss = lambda outs, gs: module.backward(gs),torch.autograd.backward
+    for walk,asked in ((by_loss,True),(by_loss,False),(by_hand,False)):
+        if walk is by_loss and not asked and not any(p.requires_grad for p in params): continue # torch refuses it
+        for p,g in zip(params, before): p.grad = None if g is None else g.clone()
+        args = maptree(lambda t: t.detach().clone().requires_grad_(asked and t.is_floating_point()), args)
+        seed = torch.initial_seed()
+        torch.manual_seed(seed)
+        outs = floats(module(*args))
+        gs = [torch.randn_like(o) for o in outs]
+        walk(outs, gs)
+        torch.manual_seed(seed)
+        auto = by_autograd(twin, *args, g=gs)
+        for name,t,a in zip(names, floats(args)+params, auto, strict=True):
+            g = t.grad if asked else t.g
+            g = torch.zeros_like(t) if g is None else g
+            n = times if isinstance(t, torch.nn.Parameter) else 1
+            torch.testing.assert_close(g, n*a, rtol=1e-9, atol=1e-11, msg=lambda m: f"{name}: {m}")
+            assert not isinstance(t, torch.nn.Parameter) or t.grad is t.g
 
 
 # Modules that hand on what they have
@@ -94,6 +101,7 @@ def upstream_changed(self, out, inp):
     right(self, out, inp)
 
 each_fault = pytest.mark.parametrize('f,msg', [(no_weight, "parameter 'w' got no .g"), (no_input, "argument 'inp' got no .g"),
-    (transposed, r"argument 'inp' got a .g of \(4, 6\) torch.float64, expected \(6, 4\)"), (short, r"parameter 'w' got a .g of \(4,\)"),
-    (half, r"parameter 'w' got a .g of \(4, 4\) torch.float32, expected \(4, 4\) torch.float64"), (number, "parameter 'w' got a .g of type float"),
-    (upstream_changed, "the output had its .g changed in place by bwd")], ids=lambda f: getattr(f, '__name__', ''))
+    (transposed, r"argument 'inp' got a .g of \(4, 6\) torch.float64 from its rule, expected \(6, 4\)"), (short, r"parameter 'w' got a .g of \(4,\)"),
+    (half, r"parameter 'w' got a .g of \(4, 4\) torch.float32 from its rule, expected \(4, 4\) torch.float64"),
+    (number, "parameter 'w' got a .g of type float"),
+    (upstream_changed, "changed out.g in place")], ids=lambda f: getattr(f, '__name__', ''))

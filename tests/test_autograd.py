@@ -8,7 +8,7 @@ from fnnlite import Module, Add, Concat, Dropout, Flatten, Lin, LogSoftmax, Matm
 from fnnlite import Tanh, CrossEntropy, Mse, Model, Sequential, Wrap, GradError, const, check_grads
 from fnnlite.core.checks import autograd_gap
 from fnnlite.core.module import through_forward
-from fnnlite.core.record import floats, grad
+from fnnlite.core.record import floats
 from cases import cases, name
 from helpers import GivenBwd, Id, Lin64, Table, each_fault, no_input, rand, right
 
@@ -229,7 +229,7 @@ def test_what_is_not_asked_for_is_not_computed(x, frozen, expected, how):
     class Asks(Lin):
         def bwd(self, out, inp):
             super().bwd(out, inp)
-            wanted.append(''.join(n for n,t in zip('xwb', (inp,self.w,self.b)) if grad(t) is not None))
+            wanted.append(''.join(n for n,t in zip('xwb', (inp,self.w,self.b)) if t.g is not None))
     m = Asks(4, 3, dtype=torch.float64).requires_grad_()
     for n in frozen:
         if how=='freeze': getattr(m, n).const = True
@@ -369,10 +369,10 @@ def test_an_inputs_old_g_goes():
     l,x = Lin64(4, 3),rand(5, 4)
     l(x)
     l.backward(rand(5, 3))
-    assert grad(x) is not None
+    assert x.g is not None
     x.requires_grad_()
     l(x).sum().backward()
-    assert grad(x) is None and x.grad is not None
+    assert x.g is None and x.grad is not None
 
 
 # Torch's tools

@@ -355,7 +355,7 @@ def test_weights_are_no_run(tmp_path):
 def test_loss_not_finite_leaves_the_last_checkpoint(event, valid, tmp_path):
     "Also if it's the last update of an epoch that spoils the weights: what is on disk can be gone on from."
     def spoil(self):
-        if self.training and self.epoch==2 and self.iter==batches-1: self.model.layers[0].w[0] = torch.nan
+        if self.training and self.epoch==2 and self.iter==batches-1: self.model.layers[0].w.data[0] = torch.nan
     learn = learner(Checkpoint(tmp_path), On(event, spoil))
     if not valid: learn.dls.valid = None
     with pytest.raises(NonFiniteError): learn.fit(N)

@@ -5,7 +5,6 @@ import numpy as np
 import pytest, torch
 import distributed_worker as worker
 from fnnlite import Add, Concat, Lin, Matmul, Model, Module, Mse, Relu, Sequential, load_mnist, const
-from fnnlite.core.record import grad
 from fnnlite.train.checkpoints import load_tensors
 from fnnlite.train.distributed import share
 
@@ -30,7 +29,7 @@ def ready(module, *args, g=None):
     "In a pass back over `module(*args)`, the parameters that became ready, by name and with a copy of their gradient then"
     names,seen = {p:n for n,p in module.named_parameters()},[]
     out = module(*args)
-    module.backward(torch.ones_like(out) if g is None else g, ready=lambda p: seen.append((names[p], None if grad(p) is None else p.g.clone())))
+    module.backward(torch.ones_like(out) if g is None else g, ready=lambda p: seen.append((names[p], None if p.g is None else p.g.clone())))
     for n,g in seen: assert g is None or torch.equal(g, dict(module.named_parameters())[n].g), f'{n} changed after it was ready'
     return [n for n,_ in seen]
 
@@ -54,7 +53,7 @@ class Half(Module):
 def test_ready_without_a_gradient():
     "Of what is in the record, the part without a gradient is told of as well; of frozen weights never."
     m = Half()
-    assert sorted(ready(m, torch.randn(3, 4)))==['a.b','a.w','b.b','b.w'] and grad(m.b.w) is None
+    assert sorted(ready(m, torch.randn(3, 4)))==['a.b','a.w','b.b','b.w'] and m.b.w.g is None
     m.a.freeze()
     assert sorted(ready(m, torch.randn(3, 4)))==['b.b','b.w']
 
@@ -71,9 +70,9 @@ def test_error_in_ready_leaves_nothing():
     def f(p):
         if p is m[2].b: raise KeyError('no')
     with pytest.raises(KeyError): m.backward(torch.ones_like(out), ready=f)
-    assert all(grad(t) is None for t in [*m.parameters(), x, out])
+    assert all(t.g is None for t in [*m.parameters(), x, out])
     m.backward(torch.ones_like(out))
-    assert all(grad(p) is p.grad is not None for p in m.parameters())
+    assert all(p.g is p.grad is not None for p in m.parameters())
 
 def test_ready_inside_and_freed():
     "The same in a model with its loss, with the records let go on the way; the data is a constant."

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest, torch
 import torch.nn.functional as TF
 from fnnlite import DataLoaders, Dropout, Lin, Relu, Tanh, Learner, accuracy, CrossEntropy, Mse, Model, Sequential, SGD, Adam, AdamW
-from fnnlite.core.record import grad
 from fnnlite.train import callbacks as cb
 from fnnlite.train.callbacks import Callback, NonFiniteError, OneCycle, events
 
@@ -143,11 +142,11 @@ def test_modes_and_gradients():
     learn = learner(On('before_validate', before), On('after_loss', look))
     learn.fit(2)
     assert modes=={(True,True,True,False),(False,False,False,True)}
-    assert all(p.grad is None and grad(p) is None for p in learn.model.parameters()) and torch.is_grad_enabled()
+    assert all(p.grad is None and p.g is None for p in learn.model.parameters()) and torch.is_grad_enabled()
 
 def test_inputs_gradient_is_not_computed():
     seen = []
-    learner(On('after_backward', lambda self: seen.append((grad(self.xb), self.model.layers[0].w.g is None)))).fit(1)
+    learner(On('after_backward', lambda self: seen.append((self.xb.g, self.model.layers[0].w.g is None)))).fit(1)
     assert seen==[(None,False)]*3
 
 def test_fit_again_goes_on_from_the_weights():
@@ -292,13 +291,13 @@ def test_grad_ready():
         def backward(self, **kw):
             asked.append([*kw])
             super().backward(**kw)
-    def note(self, p): seen.append((p, p.grad is grad(p) is not None, grad(self.model.layers[0].b) is None))
+    def note(self, p): seen.append((p, p.grad is p.g is not None, self.model.layers[0].b.g is None))
     model = net()
     layers = model.layers
     learn = learner(On('grad_ready', note), model=Asked(layers, CrossEntropy())).fit(1)
     assert len(seen)==4*3
     assert [id(p) for p,*_ in seen[:4]]==[id(p) for p in (layers[2].w,layers[2].b,layers[0].w,layers[0].b)]
-    assert all(there for _,there,_ in seen) and [early for *_,early in seen[:4]]==[True,True,False,False]
+    assert all(there for _,there,_ in seen) and [early for *_,early in seen[:4]]==[True,True,True,False]
     learner(model=learn.model).fit(1)
     assert asked==[['ready']]*3+[[]]*3
 
@@ -391,7 +390,7 @@ def lost(self):
     if (self.epoch,self.iter)==(1,2) and self.training: self.learn.xb = self.xb*torch.nan
 def poison(name):
     def f(self):
-        if (self.epoch,self.iter)==(1,2) and self.training: self.model.get_parameter(name)[0] = torch.nan
+        if (self.epoch,self.iter)==(1,2) and self.training: self.model.get_parameter(name).data[0] = torch.nan
     return f
 
 @pytest.mark.parametrize('f,where', [(lost, 'the input'), (poison('layers.0.w'), r'the output of Lin \(layers\.0\)'),

@@ -6,7 +6,6 @@ import torch.nn.functional as TF
 from torch import nn
 from torch.optim import lr_scheduler
 from fnnlite import Lin, Relu, CrossEntropy, Mse, Model, SGD, Adam, AdamW, RMSprop
-from fnnlite.core.record import grad
 from fnnlite.train import optimizers as optim
 import helpers
 from helpers import rand
@@ -24,8 +23,8 @@ def twin(cls, params, **kw):
     "torch's optimizer of the same name and options"
     return getattr(torch.optim, cls.__name__)(params, **{'lr':1e-2 if cls is RMSprop else 1e-3, **kw})
 
-def params(): return [nn.Parameter(rand(*s), requires_grad=False) for s in ((4,3),(3,),(),(2,2,2),(5,))]
-def copies(ps): return [nn.Parameter(p.detach().clone(), requires_grad=False) for p in ps]
+def params(): return [nn.Parameter(rand(*s)) for s in ((4,3),(3,),(),(2,2,2),(5,))]
+def copies(ps): return [nn.Parameter(p.detach().clone()) for p in ps]
 
 def groups(ps, **more): return [dict(params=ps[:2]), dict(params=ps[2:], **more)]
 def own(cls): return dict(lr=.03, weight_decay=.05, **({'momentum':.7} if cls in (SGD,RMSprop) else {'betas':(.7,.95)}))
@@ -117,7 +116,7 @@ def test_numbers_are_where_the_parameters_are_after_a_load(monkeypatch):
 def test_half_and_other_dtypes():
     "Parameters stay what they are; the float32 trajectory is torch's."
     for cls in (SGD,RMSprop,Adam,AdamW):
-        p = nn.Parameter(torch.randn(5, 4), requires_grad=False)
+        p = nn.Parameter(torch.randn(5, 4))
         q = copies([p])[0]
         opt,ref = cls([p], lr=.01),twin(cls, [q], lr=.01)
         for _ in range(20):
@@ -125,7 +124,7 @@ def test_half_and_other_dtypes():
             opt.step()
             ref.step()
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-4, atol=1e-5)
-        b = nn.Parameter(torch.ones(3, dtype=torch.bfloat16), requires_grad=False)
+        b = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
         b.grad = torch.ones_like(b)
         cls([b], lr=.1).step()
         assert b.dtype==torch.bfloat16 and (b<1).all()
@@ -193,7 +192,7 @@ def test_zero_grad():
         m.backward()
         assert all(p.g is p.grad and p.g is not None for p in m.parameters())
         opt.zero_grad()
-        assert all(grad(p) is None and p.grad is None for p in m.parameters())
+        assert all(p.g is None and p.grad is None for p in m.parameters())
     before = [p.clone() for p in m.parameters()]
     opt.step() # nothing to do
     close(m.parameters(), before)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['spelled', 'kernels', 'registry', 'by_name', 'operators', 'blind', 'bodies', 'looks', 'cuts', 'escapes', 'wanting',
-           'asks', 'instead', 'hooking', 'modes', 'unbroadcast', 'fit', 'Rule', 'spellings', 'gradient_of',
-           'elementwise', 'base_name', 'rule_of', 'homes_of', 'name_of', 'body_of', 'members', 'getters']
+           'asks', 'instead', 'hooking', 'modes', 'kinds', 'unbroadcast', 'fit', 'without_numbers', 'Rule', 'spellings',
+           'gradient_of', 'elementwise', 'base_name', 'rule_of', 'homes_of', 'name_of', 'body_of', 'members', 'getters',
+           'Kind']
 
 # %% ../../nbs/core/07_rules.ipynb #f2d4df1c
 import types
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import resolve_name
+from .record import is_param, maptree
 
 # %% ../../nbs/core/07_rules.ipynb #d63fe029
 def unbroadcast(g, shape):
@@ -25,6 +27,11 @@ def fit(g, t):
     "`g` in the shape of `t`, in its dtype, on its device"
     if g.shape!=t.shape: g = g.expand(torch.broadcast_shapes(g.shape, t.shape)) # the same all along a dimension
     return unbroadcast(g, t.shape).to(t.device, t.dtype)
+
+def without_numbers(t):
+    "What stands for `t` in a record where no rule reads its numbers: its shape, dtype and device, and one nan"
+    if is_param(t) or not t.is_floating_point(): return t
+    return t.new_full((), torch.nan).expand(t.shape)
 
 spelled = {'input':'inp', 'self':'inp', 'a':'inp', 'x':'inp', 'x1':'inp', 'x2':'other', 'target':'targ', 'axis':'dim',
     'keepdims':'keepdim'} # torch's and numpy's names of arguments, and ours
@@ -43,8 +50,13 @@ class Rule:
         self.names = [p.name for p in params if p.kind is not Parameter.VAR_KEYWORD]
         self.saved = None if self.saves is None else {(name,of) for o in self.saves.split() for name,_,of in [o.partition(':')]}
         self.rest = next((p.name for p in params if p.kind is Parameter.VAR_POSITIONAL), None)
+        self.open = any(p.kind is Parameter.VAR_KEYWORD for p in params)
+        self.same_dtype = self.forward is None # what a `forward` kept has its own
+
+    def check_saves(self):
+        "Refuse a name in `saves` that is no argument of the rule; a `forward` may keep what it likes"
         known = {'','out','values','indices',*self.names} # the middle ones: outputs of sort and its like
-        if not (self.forward or any(p.kind is Parameter.VAR_KEYWORD for p in params)):
+        if not (self.forward or self.open):
             for name in {n for pair in self.saved or () for n in pair}-known: raise ValueError(f"gradient_of: saves has '{name}', "
                 f"expected 'out' or an argument of {self.grad.__name__}: {', '.join(self.names)}")
 
@@ -59,6 +71,20 @@ class Rule:
         names = self.names[:self.names.index(self.rest)] if self.rest else self.names
         names = names+[self.rest]*(len(args)-len(names))
         return [*zip(names, args), *self.renamed(kwargs).items()]
+
+    is_layer = False
+    def param_names(self, call)->list:
+        "The names of a layer's parameters; those of a function are arguments"
+        return []
+    def autocast_now(self, out): "The autocast that it wants to run under: none"
+
+    def lightened(self, args, kwargs, out)->tuple:
+        "`args`, `kwargs` and `out` without the numbers that it doesn't read"
+        if self.saved is None: return args,kwargs,out
+        light = lambda name, o: o if self.reads(name) else maptree(without_numbers, o)
+        names = iter([name for name,_ in self.named(args, kwargs)])
+        args,kwargs = tuple(light(next(names), o) for o in args),{k:light(next(names), o) for k,o in kwargs.items()}
+        return args,kwargs,out if any(map(self.reads, getattr(out, '_fields', ('out',)))) or self.reads('out') else maptree(without_numbers, out)
 
     def in_place(self, args, kwargs)->bool:
         "Was `inplace=True` given?"
@@ -93,10 +119,12 @@ def gradient_of(
     "Register a function as the gradient rule of `fs`: `rule(out, *args, **kwargs)` assigns `.g` to the arguments from `out.g`"
     def register(grad):
         rule = Rule(grad, saves, forward, kernel, exact)
+        rule.check_saves()
         named = {g for f in fs for g in spellings(f) if g not in registry or g in by_name}-{*fs}
         registry.update(dict.fromkeys([*fs, *named], rule))
         by_name.update(named)
         by_name.difference_update(fs)
+        kinds.clear()
         return grad
     return register
 
@@ -167,3 +195,16 @@ asks = Tensor.requires_grad.__get__ # True of what has a gradient
 instead = {Tensor.data.__get__: Tensor.detach} # which shares the count of changes in place, as `.data` doesn't
 hooking = members(Tensor, 'register_hook register_post_accumulate_grad_hook') # hooks that only autograd calls
 modes = members(torch._C, '_set_grad_enabled')
+
+kinds = {} # by function; emptied when a rule is registered
+
+class Kind:
+    "What a record does with a function `f`"
+    def __init__(self, f, rule=None):
+        self.ours = getattr(f, 'ours', False) # and what it returns is a tensor of its own, even if it returns what it was given
+        self.looks,self.special = f in looks,f in modes or f in wanting
+        self.f = f = instead.get(f, f)
+        self.rule,self.cuts,self.escapes = rule or rule_of(f),f in cuts,f in escapes
+        self.body = body_of(f) if self.rule is None and not self.cuts else None
+        self.in_place = not self.ours and (bool(base_name(f)) or f is Tensor.__setitem__)
+        self.may_be_in_place = self.rule is not None and not self.ours and 'inplace' in self.rule.names

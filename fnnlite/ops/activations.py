@@ -47,7 +47,7 @@ class Relu(Module):
 
     def forward(self, inp): return relu(check_inp(self, inp), self.leak, self.sub, self.maxv)
     @property
-    def reads(self): return ('inp',) if self.leak or self.sub or self.maxv is not None else ('out',)
+    def saves(self): return 'inp' if self.leak or self.sub or self.maxv is not None else 'out'
     def bwd(self, out, inp): relu_grad(out, inp, self.leak, self.sub, self.maxv)
     def extra_repr(self): return ', '.join(f'{k}={v}' for k,v in (('leak',self.leak),('sub',self.sub),('maxv',self.maxv)) if v)
 
@@ -65,7 +65,7 @@ class Softmax(Module):
     "Exponentials along `dim`, normalised to sum to one: any shape"
     def __init__(self, dim:int=-1): self.dim = dim
     def forward(self, inp): return softmax(check_inp(self, inp), self.dim)
-    reads = ('out',)
+    saves = 'out'
     def bwd(self, out, inp): softmax_grad(out, inp, self.dim)
 
 # %% ../../nbs/ops/26_activations.ipynb #d601f607
@@ -82,7 +82,7 @@ class LogSoftmax(Module):
     "The logarithm of `Softmax`, stable: any shape"
     def __init__(self, dim:int=-1): self.dim = dim
     def forward(self, inp): return log_softmax(check_inp(self, inp), self.dim)
-    reads = ('out',)
+    saves = 'out'
     def bwd(self, out, inp): log_softmax_grad(out, inp, self.dim)
 
 # %% ../../nbs/ops/26_activations.ipynb #1773251d
@@ -106,13 +106,13 @@ def tanh_grad(out, inp):
 class Sigmoid(Module):
     "1/(1+exp(-inp)): any shape"
     def forward(self, inp): return sigmoid(check_inp(self, inp))
-    reads = ('out',)
+    saves = 'out'
     def bwd(self, out, inp): sigmoid_grad(out, inp)
 
 class Tanh(Module):
     "The hyperbolic tangent: any shape"
     def forward(self, inp): return tanh(check_inp(self, inp))
-    reads = ('out',)
+    saves = 'out'
     def bwd(self, out, inp): tanh_grad(out, inp)
 
 # %% ../../nbs/ops/26_activations.ipynb #270ee478

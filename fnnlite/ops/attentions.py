@@ -10,6 +10,7 @@ __all__ = ['aten', 'additive_mask', 'attention_weights', 'repeated', 'summed_hea
 import math
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 from ..core.record import wants
 from ..core.rules import gradient_of, unbroadcast
 aten = torch.ops.aten
@@ -56,7 +57,8 @@ def attention_grad(out, query, key, value, attn_mask=None, dropout_p=0., is_caus
 def attention_forward(query, key, value, attn_mask=None, dropout_p=0., is_causal=False,
     *, scale=None, enable_gqa=False):
     args = query,key,value,attn_mask,dropout_p,is_causal
-    choice = aten._fused_sdp_choice(*args, scale=scale, enable_gqa=enable_gqa)
+    with _disable_current_modes(): # the question is no part of a graph
+        choice = aten._fused_sdp_choice(*args, scale=scale, enable_gqa=enable_gqa)
     if dropout_p:
         if choice!=0: raise NotImplementedError('scaled_dot_product_attention: dropout_p is '
             f'{dropout_p}, and the routine on {query.device} keeps no mask; use dropout_p=0')

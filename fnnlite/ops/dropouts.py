@@ -29,12 +29,11 @@ def dropout_grad(out, inp):
 # %% ../../nbs/ops/30_dropouts.ipynb #8ce81149
 class Dropout(Module):
     "In training, each element zeroed with probability `p` and the others divided by 1-p; else `inp` as it is"
-    keeps = ('mask',)
     def __init__(self, p:float=.5):
         if not 0<=p<=1: raise ValueError(f"Dropout: p is {p}, expected a probability")
         self.p = p
     def forward(self, inp): return dropout(check_inp(self, inp), self.p) if self.training else inp
-    reads = ()
+    saves = 'mask'
     def bwd(self, out, inp): dropout_grad(out, inp)
     def extra_repr(self): return str(self.p)
 

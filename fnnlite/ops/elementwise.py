@@ -83,13 +83,13 @@ def mul(a, b):
 class Add(Module):
     "`a + b`; shapes broadcast"
     def forward(self, a, b): return add(*check_pair(self, a, b))
-    reads = ()
+    saves = ''
     def bwd(self, out, a, b): add_grad(out, a, b)
 
 class Mul(Module):
     "`a * b`, element by element; shapes broadcast"
     def forward(self, a, b): return mul(*check_pair(self, a, b))
-    reads = ('inp',)
+    saves = 'a b'
     def bwd(self, out, a, b): mul_grad(out, a, b)
 
 # %% ../../nbs/ops/24_elementwise.ipynb #2a316f33
@@ -318,5 +318,5 @@ class Log(Module):
     "`log(inp+eps)`, so that a probability of 0 costs much and not infinitely much: any shape"
     def __init__(self, eps:float=1e-8): self.eps = eps
     def forward(self, inp): return log(check_inp(self, inp), self.eps)
-    reads = ('inp',)
+    saves = 'inp'
     def bwd(self, out, inp): log_grad(out, inp, self.eps)

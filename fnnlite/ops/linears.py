@@ -64,7 +64,7 @@ class Lin(Module):
         if not inp.ndim or inp.shape[-1]!=w.shape[0]: raise ValueError(f"{self}: inp has shape {tuple(inp.shape)}, expected (...,{w.shape[0]})")
         return lin(inp, w, self.b)
 
-    reads = ('inp',)
+    saves = 'inp'
     def bwd(self, out, inp): lin_grad(out, inp, self.w, self.b)
     def extra_repr(self): return f"{self.w.shape[0]}, {self.w.shape[1]}, bias={self.b is not None}"
 
@@ -228,5 +228,5 @@ class Matmul(Module):
         if a.ndim<2 or b.ndim<2 or a.shape[-1]!=b.shape[-2]:
             raise ValueError(f"{self}: a has shape {tuple(a.shape)} and b {tuple(b.shape)}, expected (...,n,k) and (...,k,m)")
         return matmul(a, b)
-    reads = ('inp',)
+    saves = 'a b'
     def bwd(self, out, a, b): matmul_grad(out, a, b)

@@ -17,7 +17,7 @@ from ..core.record import traced, wants
 # %% ../../nbs/ops/36_losses.ipynb #357d18de
 class Loss(Module):
     "What the losses share: the reduction of one number per item, or element, to one"
-    reads = ('inp',)
+    saves = 'inp targ'
     def __init__(self,
         reduction:str='mean', # 'mean' or 'sum'
     ):
@@ -87,6 +87,7 @@ def one_hot(targ, like):
 # %% ../../nbs/ops/36_losses.ipynb #d9913bff
 class NLL(Loss):
     "Minus the log-probability of the right class; `inp` (...,C) log-probabilities, `targ` (...) class indices"
+    saves = 'targ'
     def forward(self, inp, targ):
         check_classes(self, inp, targ)
         return nll(self, self.full(inp), targ)
@@ -96,7 +97,7 @@ class NLL(Loss):
 # %% ../../nbs/ops/36_losses.ipynb #ae107266
 class CrossEntropy(Loss):
     "-Σ t log softmax(inp) over the last dimension; `inp` (...,C), `targ` class indices (...) or probabilities (...,C)"
-    keeps,reads = ('logp','soft'),()
+    saves = 'targ logp soft'
     def __init__(self,
         reduction:str='mean', # over the items: 'mean' or 'sum'
         smoothing:float=0., # of the labels, 0 to 1
@@ -119,7 +120,7 @@ class CrossEntropy(Loss):
         if targ.is_floating_point() or self.smoothing:
             soft = self.probs(logp, targ)
             out = self.reduce(-(soft*logp).sum(-1))
-            out.soft = soft.clone() if soft is targ else soft # the backward can't count on `targ`, which `reads` leaves out
+            out.soft = soft
         else: out = nll(self, logp, targ)
         out.logp = logp
         return out

@@ -47,7 +47,8 @@ def onednn_fits(a, b, bias=None)->bool:
     "Can `onednn_product` have them? Nothing that differentiates, maps or casts could follow it"
     if torch.is_autocast_enabled('cpu') or torch._C._are_functorch_transforms_active(): return False
     if a.shape[-1]!=b.shape[0] or bias is not None and bias.shape!=b.shape[1:]: return False
-    return all(t.is_cpu and t.dtype==torch.float32 and not t.requires_grad and unpack_dual(t).tangent is None for t in (a, b, bias) if t is not None)
+    def has(t): return t.is_cpu and t.dtype==torch.float32 and not (t.requires_grad and torch.is_grad_enabled()) and unpack_dual(t).tangent is None
+    return all(has(t) for t in (a, b, bias) if t is not None)
 
 def product(a, b, bias=None):
     "`a @ b + bias`: (...,k), (k,m), (m) to (...,m), exact, by the fastest routine on this machine"

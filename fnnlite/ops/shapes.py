@@ -282,14 +282,14 @@ class Concat(Module):
     def forward(self, *inps):
         for inp in inps: check_inp(self, inp, inps[0])
         return concat(*inps, dim=self.dim)
-    reads = ()
+    saves = ''
     def bwd(self, out, *inps): concat_grad(out, *inps, dim=self.dim)
 
 class Reshape(Module):
     "`inp` as `shape`, with the same numbers in the same order"
     def __init__(self, *shape:int): self.shape = shape # one dimension may be -1
     def forward(self, inp): return reshape(check_inp(self, inp), self.shape)
-    reads = ()
+    saves = ''
     def bwd(self, out, inp): reshape_grad(out, inp)
     def extra_repr(self): return ', '.join(map(str, self.shape))
 
@@ -297,5 +297,5 @@ class Flatten(Module):
     "All dimensions from `start_dim` on as one: (B,...) to (B,n)"
     def __init__(self, start_dim:int=1): self.start_dim = start_dim
     def forward(self, inp): return check_inp(self, inp).flatten(self.start_dim)
-    reads = ()
+    saves = ''
     def bwd(self, out, inp): reshape_grad(out, inp)

@@ -8,11 +8,11 @@ __all__ = ['Wrap']
 # %% ../../nbs/ops/38_wraps.ipynb #417433cc
 import torch
 from torch import nn
-from torch.compiler import is_compiling
-from torch.func import functional_call, vjp
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from ..core.module import Module, through_forward
+from ..core.calls import here
+from ..core.module import Module
 from ..core.record import GradError, floats, is_param, maptree, wants
 
 # %% ../../nbs/ops/38_wraps.ipynb #a41f9bda
@@ -29,46 +29,46 @@ def _leaves_of(outs):
 class _Watch(TorchFunctionMode):
     "Raise when an operation meets a parameter, or a recorded tensor, that came by another door"
     def __torch_function__(self, f, types, args=(), kwargs=None):
-        for t in tree_leaves((args,kwargs)):
-            if isinstance(t, torch.Tensor) and (is_param(t) or hasattr(t, 'tape')) and wants(t): raise GradError(
-                f"Wrap: what it wraps uses a tensor of shape {tuple(t.shape)} that is neither its input nor its parameter, and whose gradient "
-                "would be lost: make it an argument, or mark it with const() if it wants no gradient")
-        return f(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():
+            for t in tree_leaves((args,kwargs)):
+                if isinstance(t, torch.Tensor) and wants(t) and (is_param(t) or here.record.has_gradient(t)): raise GradError(
+                    f"Wrap: what it wraps uses a tensor of shape {tuple(t.shape)} that is neither its input nor its parameter, and whose "
+                    "gradient would be lost: make it an argument, or mark it with const() if it wants no gradient")
+            return f(*args, **(kwargs or {}))
 
 def _vjp(f, *ts):
-    "`torch.func.vjp(f, *ts, has_aux=True)`, and whether `f` depends on tensors besides `ts` that require grad"
-    if is_compiling():
-        outs,pull,aux = vjp(f, *ts, has_aux=True)
-        return outs,pull,aux,any(o.requires_grad for o in outs)
+    "What `f(*ts)` returns, and the function that pulls gradients of its outputs back; GradError if it depends on others that require grad"
     leaves = [t.detach().requires_grad_() for t in ts]
-    with torch.enable_grad(), _Watch(): outs,aux = f(*leaves)
+    with torch.enable_grad(), torch._C._EnableTorchFunction(), _Watch(): out = f(*leaves) # a record disables it in its calls
+    outs = floats(out)
+    if any(all(t is not l for l in leaves) for t in _leaves_of(outs)):
+        raise GradError("Wrap: it uses a tensor that requires grad and is neither its input nor its parameter: make it an argument")
     def pull(gs):
         live = [(o,g) for o,g in zip(outs, gs) if o.requires_grad]
         if not live: return [torch.zeros_like(t) for t in leaves]
         return torch.autograd.grad([o for o,_ in live], leaves, [g for _,g in live], retain_graph=True, materialize_grads=True)
-    return outs,pull,aux,any(all(t is not l for l in leaves) for t in _leaves_of(outs))
+    return out,pull
 
 # %% ../../nbs/ops/38_wraps.ipynb #2c54f296
 class Wrap(Module):
     "A torch module or function as a fnnlite module, with torch's own vector-Jacobian product for its `bwd`"
+    saves = 'pull'
     def __init__(self,
-        f, # a `torch.nn.Module`, whose parameters stop requiring grad, or a function of tensors
-    ): self.f = f.requires_grad_(False) if isinstance(f, nn.Module) else f
+        f, # a `torch.nn.Module`, or a function of tensors
+    ): self.f = f
 
     def forward(self, *args, **kwargs):
         params = dict(self.named_parameters())
         ts = floats((args,kwargs,params))
         wanted = [i for i,t in enumerate(ts) if wants(t)]
-        if not torch.is_grad_enabled() or any(t.requires_grad for t in ts) or (not wanted and is_compiling()): return self.f(*args, **kwargs)
+        if getattr(here, 'record', None) is None or here.record.no_grad: return self.f(*args, **kwargs)
         def f(*leaves):
             leaf = dict(zip([ts[i] for i in wanted], leaves))
             a,k,p = maptree(lambda t: leaf.get(t, t), (args,kwargs,params))
-            out = self.f(*a, **k) if not params else functional_call(self.f, {n.removeprefix('f.'):t for n,t in p.items()}, a, k)
-            return floats(out),out
-        outs,pull,out,others = _vjp(f, *[ts[i] for i in wanted])
-        if others: raise GradError(f"{self}: it uses a tensor that requires grad and is neither its input nor its parameter: make it an argument")
+            return self.f(*a, **k) if not params else functional_call(self.f, {n.removeprefix('f.'):t for n,t in p.items()}, a, k)
+        out,pull = _vjp(f, *[ts[i] for i in wanted])
         out = maptree(torch.Tensor.detach, out)
-        if outs: floats(out)[0].pull = wanted,pull
+        if floats(out): floats(out)[0].pull = wanted,pull
         return out
 
     def bwd(self, out, *args, **kwargs):
@@ -77,6 +77,5 @@ class Wrap(Module):
         ts = floats((args,kwargs,dict(self.named_parameters())))
         for i,g in zip(wanted, pull([o.g for o in outs])): ts[i].g = g
     def _bwd_params(self): return list(self.parameters()) # torch may tie those inside
-    def _by_autograd(self, *args):
-        with through_forward(): return super()._by_autograd(*args) # autograd needs no help here
+    def _as_nodes(self, args, kwargs): return nn.Module.__call__(self, *args, **kwargs) # autograd needs no help here
     def extra_repr(self): return '' if isinstance(self.f, nn.Module) else getattr(self.f, '__name__', repr(self.f))

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import GetAttr
-from ..core.record import path
+from ..core.record import floats
 from .checkpoints import CheckpointError, FolderLock, check_fit, generators, load_tensors, rng_state, save_tensors, set_rng_state
 from .optimizers import Optimizer
 
@@ -131,15 +131,11 @@ class NonFiniteError(ArithmeticError):
 
 def first_nonfinite(model)->str:
     "Where in the last recorded call of `model` the numbers stopped being finite"
-    def search(call):
-        for c in call.calls:
-            if (found := search(c)): return found
-        if call.module.has_bwd and not all(o.isfinite().all() for o in call.outs if isinstance(o, torch.Tensor)):
-            return f"the output of {path(call.module, model)}"
-    call = model._call
-    if call is None: return "the loss (a compiled step doesn't remember what came before it)"
-    if not all(t.isfinite().all() for t in call.inps): return "the input"
-    return search(call) or "the loss"
+    finite = lambda o: all(t.isfinite().all() for t in floats(o))
+    if model.out is None: return "the loss (a compiled step doesn't remember what came before it)"
+    if not finite(model.args): return "the input"
+    if model._lean: return "the loss (with retain(False) nothing else is kept)"
+    return next((f"the output of {call}" for call in model.calls() if not finite(call.out)), "the loss")
 
 class StopAtNonFinite(Callback):
     "End the fit with an error when the loss is no longer finite, or at the end of an epoch a weight isn't"

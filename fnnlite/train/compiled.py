@@ -11,10 +11,9 @@ from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import partial
 import torch
-from torch import nn
 from ..core.module import Module
-from ..core.record import const, grad
-from .graphs import NotOneGraph, captured, changed_by, machine_code, op_by_op, written_down
+from ..core.record import const, internals
+from .graphs import NotOneGraph, captured, changed_by, machine_code, op_by_op, same_graph, same_tensors, written_down
 from .libraries import warn
 from .optimizers import Optimizer
 
@@ -56,10 +55,10 @@ class Seen:
         model, opt,
         varying=(), # options whose numbers are inputs, each as the group's index and its name
     ):
-        modules,internal = list(model.modules()),{'_call', *vars(nn.Module())}-{'training'}
+        modules = list(model.modules())
         self.params = list(dict.fromkeys([*model.parameters(), *(p for g in opt.param_groups for p in g['params'])]))
         owned = [(d,k,v) for m in modules for d in (m._parameters, m._buffers, m._modules) for k,v in d.items()]
-        plain = [(vars(o),k,v) for o in (*modules, opt) for k,v in vars(o).items() if o is opt or k not in internal]
+        plain = [(vars(o),k,v) for o in (*modules, opt) for k,v in vars(o).items() if o is opt or k not in internals]
         groups = opt.param_groups
         every = {(i,k):v for i,g in enumerate(groups) for k,v in g.items()}
         self.values = {ik:copy(v) for ik,v in every.items() if isinstance(v, self.by_value) and ik[1]!='params'}
@@ -68,15 +67,15 @@ class Seen:
         self.fixed = [(groups[i].get,k,v) for (i,k),v in self.values.items() if (i,k) not in inputs]
         options = [(groups[i],k,v) for (i,k),v in every.items() if (i,k) not in self.values]
         memory = [(s,k,v) for p in self.params for s in [opt.state.get(p, {})] for k,v in s.items()]
-        marks = [(vars(p),k,vars(p).get(k)) for p in self.params for k in ('const','g')]
         classes = {c for m in modules for c in type(m).__mro__ if c not in Module.__mro__}
         classes |= {c for c in type(opt).__mro__ if c not in Optimizer.__mro__}
         read = lambda c: {'forward','bwd','update', *(k for k in vars(c) if not k.startswith('__'))}
         methods = [(vars(c),k,vars(c).get(k)) for c in classes for k in read(c)]
-        self.places = [(d.get,k,v) for d,k,v in (*owned, *plain, *options, *memory, *marks, *methods)]
-        parts = [vars(opt), *(d for m in modules for d in (vars(m), m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks))]
+        self.places = [(d.get,k,v) for d,k,v in (*owned, *plain, *options, *memory, *methods)]
+        parts = [vars(opt), *(d for m in modules for d in (m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks))]
         self.parts = [*parts, opt.param_groups, *(g['params'] for g in opt.param_groups)]
-        self.sizes = list(map(len, self.parts))
+        self.own,self.ordered = list(map(vars, modules)),[m._modules for m in modules if len(m._modules)>1]
+        self.sizes = self.sizes_now()
         held = [*self.params, *(v for _,_,v in (*owned, *options, *memory))]
         held += [v for o in self.varying for v in o.inputs]
         self.tensors = list({id(t):t for t in held if isinstance(t, torch.Tensor)}.values())
@@ -92,7 +91,11 @@ class Seen:
             if get(k)!=v: return False
         for o in self.varying:
             if not o.follow(): return False
-        return list(map(len, self.parts))==self.sizes and self.guard.check(*self.tensors)
+        return self.sizes_now()==self.sizes and self.guard.check(*self.tensors)
+
+    def sizes_now(self):
+        "How many attributes, parameters, options and so on there are, and the order of modules; a record comes and goes"
+        return [*map(len, self.parts), *map(tuple, self.ordered), *(len(d)-('_use' in d)-2*('_record' in d) for d in self.own)]
 
     def changed(self, opt)->set:
         "The options of `opt` whose numbers aren't what they were, each as the group's index and its name"
@@ -111,7 +114,7 @@ class Before:
     "What tensors and random number generators were, to undo a step"
     def __init__(self, ts, generators):
         ts = [t for t in ts if torch._debug_has_internal_overlap(t)!=1] # what `expand` made isn't written to
-        self.ts,self.copies = ts,[t.clone() for t in ts]
+        self.ts,self.copies = ts,[t.detach().clone() for t in ts]
         self.gs,self.rng = [(g,g.get_state()) for g in generators],torch.get_rng_state()
         devices = {t.device for t in ts if t.is_cuda and torch.cuda.is_initialized()}
         self.cuda = {d:torch.cuda.get_rng_state(d) for d in devices}
@@ -140,19 +143,20 @@ class CompiledStep:
         for n in self.keep:
             if n not in names: raise ValueError(f"compile_step: keep has {n!r}, expected names of modules or parameters: {', '.join(filter(None, names))}")
         self.model,self.opt,self.compiler,self.g,self.seen,self.run = model,opt,compiler,{},None,None
-        self.ordinary,self.why_not,self.n_graphs,self.varying = False,None,0,set()
+        self.ordinary,self.why_not,self.n_graphs,self.varying,self.first = False,None,0,set(),None
 
     def eager(self, *args):
         "The step, as a loop would do it"
         self.batch = [const(a) for a in args]
+        self.model.free() # calls that nobody will walk back over
         loss = self.model(*self.batch)
         self.model.backward(free=not self.keep)
         params = dict(self.model.named_parameters()) if self.keep else {}
-        self.g = {n:grad(params[n] if n in params else self.model.get_submodule(n).out) for n in self.keep}
+        self.g = {n:(params[n] if n in params else self.model.get_submodule(n).out).g for n in self.keep}
         self.opt.step()
         self.opt.zero_grad()
         if self.keep: self.model.free()
-        return loss
+        return loss.detach()
 
     def __call__(self, *args):
         for a in args:
@@ -164,16 +168,24 @@ class CompiledStep:
             return self.eager(*args)
         if self.seen is None or not self.seen.holds():
             with _one_at_a_time: return self._first(args)
-        return self._run(args) if self.fits(args) else self.eager(*args)
+        if not self.fits(args): return self.eager(*args)
+        if self.first is not None:
+            with _one_at_a_time:
+                if not self._second(args): return self.eager(*args)
+        return self._run(args)
 
     def _run(self, args):
-        loss,*gs = self.run([*self.seen.tensors, *args, *self.more])
+        torch._C._set_grad_enabled(False) # a graph has its own gradients, and changes weights in place
+        try: loss,*gs = self.run([*self.seen.tensors, *args, *self.more])
+        finally: torch._C._set_grad_enabled(True)
         self.g = dict(zip(self.keep, gs))
         return loss
 
     def fits(self, args):
         "Is the graph for such a batch, and right for it?"
         if len(args)!=self.n_args or not self.guard.check(*args): return False
+        for p in self.seen.params:
+            if p.grad is not None: return False # a step adds to what is there
         for i,n in self.classes: # a loop in machine code can't raise an error
             lo,hi = args[i].aminmax()
             if lo.item()<0 or hi.item()>=n: return False
@@ -184,15 +196,13 @@ class CompiledStep:
         self.opt.place_numbers() # where the model is now
         if self.seen is not None: self.varying |= self.seen.changed(self.opt)
         seen = Seen(self.model, self.opt, self.varying if vary else ()) # what varies: numbers as inputs
-        if any(p.grad is not None or grad(p) is not None for p in seen.params): return self.eager(*args) # adds to what is there
+        if any(p.grad is not None for p in seen.params): return self.eager(*args)
         n,before = len(seen.tensors),Before([*seen.tensors, *args], seen.generators)
         try:
             if seen.hooked: raise NotOneGraph("modules have hooks")
             if self.n_graphs==self.most: raise NotOneGraph(f"what a graph depends on was replaced {self.most} times")
-            if any(t.requires_grad for t in (*seen.tensors, *args)): raise NotOneGraph("something requires grad, so autograd has the record")
-            with ExitStack() as stack:
-                for o in seen.varying: stack.enter_context(o.put_in())
-                (loss,*_),gm,more = written_down(lambda *ts: [self.eager(*ts[n:]), *self.g.values()], *seen.tensors, *args)
+            if any(t.requires_grad for t in args): raise NotOneGraph("the batch requires grad")
+            (loss,*_),gm,more = self._written_down(seen, args)
         except Exception as e:
             before.put_back()
             self.opt.zero_grad()
@@ -206,11 +216,35 @@ class CompiledStep:
         if not undone: before = Before([*seen.tensors, *args], seen.generators)
         try:
             self.run = self._runner(gm, ts)
-            if all(t.is_cuda for t in ts): self.run = captured(self.run, ts, range(n, n+len(args)))
+            with torch.no_grad():
+                if all(t.is_cuda for t in ts): self.run = captured(self.run, ts, range(n, n+len(args)))
         finally: before.put_back() # the step, and what compiler and capture have drawn
         self.seen,self.more,self.n_args,self.guard,self.n_graphs = seen,more,len(args),guard(args),self.n_graphs+1
+        self.first = gm,more
         self.classes = [(i,t.n_classes) for i,t in enumerate(self.batch) if hasattr(t, 'n_classes')]
         return self._run(args) if undone else loss
+
+    def _written_down(self, seen, args):
+        n,args = len(seen.tensors),[a.detach() for a in args] # else one tensor twice would be one input
+        with ExitStack() as stack:
+            for o in seen.varying: stack.enter_context(o.put_in())
+            return written_down(lambda *ts: [self.eager(*ts[n:]), *self.g.values()], *seen.tensors, *args)
+
+    def _second(self, args):
+        "The second batch's step is written down too, and undone: is it the same graph? Else it depends on what Python has read, or counts"
+        (gm,more),self.first = self.first,None
+        kinds = [[o for o in more if isinstance(o, kind)] for kind in (torch.Tensor,torch.Generator)]
+        before = Before([*self.seen.tensors, *args, *kinds[0]], [*self.seen.generators, *kinds[1]])
+        try: _,again,more_again = self._written_down(self.seen, args)
+        except Exception as e: self.ordinary,why = True,e
+        else:
+            self.ordinary = not (same_graph(gm, again) and same_tensors(more, more_again))
+            why = "two batches gave two graphs, so Python has read a number, drawn one, or counted"
+        before.put_back()
+        self.model.free()
+        self.opt.zero_grad()
+        if self.ordinary: self._warn(why, "no graph, steps are the ordinary ones")
+        return not self.ordinary
 
     def _runner(self, gm, ts):
         if self.compiler:

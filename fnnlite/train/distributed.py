@@ -12,8 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from itertools import zip_longest
 import torch, torch.distributed as dist # torch itself has imported it
-from ..core.module import zero_grad
-from ..core.record import grad, wants
+from ..core.record import wants
 from .callbacks import *
 
 # %% ../../nbs/train/70_distributed.ipynb #15d10008
@@ -126,7 +125,7 @@ class Distributed(Callback):
 
     def after_backward(self):
         if self.queue is None: return
-        if grad(self.loss) is not self.start: raise DistributedError(
+        if self.loss.g is not self.start: raise DistributedError(
             "Distributed: another callback assigned loss.g, which has the weight of this process in the batch: multiply it instead")
         self._round('goes through a batch', self.rows)
 
@@ -150,12 +149,12 @@ class Distributed(Callback):
         rec.n,rec.sums = round(n),torch.tensor(sums, dtype=torch.float64)
 
     def _open(self):
-        self.params = {p:grad(p) for p in reversed(list(self.model.parameters())) if wants(p)}
+        self.params = {p:p.grad for p in reversed(list(self.model.parameters())) if wants(p)}
         self.queue,self.done,self.sent,self.waiting,self.works = deque(self.params),set(),[],[],[]
-        if self.rank: zero_grad(self.params) # what earlier batches left there is the same in all, and to be counted once
+        for p in self.params if self.rank else (): p.grad = None # what earlier batches left there is the same in all, and to be counted once
 
     def _send(self, p, own=True):
-        had = own and grad(p) is not None
+        had = own and p.grad is not None
         g = p.g if had else torch.zeros_like(p)
         if self.waiting and g.dtype!=self.waiting[0].dtype: self._ship()
         self.sent.append((p,g,had))
@@ -188,7 +187,7 @@ class Distributed(Callback):
         if own:
             for _,gs,flat in self.works:
                 for g,part in zip(gs, flat.split([g.numel() for g in gs])): g.copy_(part.view_as(g))
-        for (p,g,_),n in zip(self.sent, had): p.g = p.grad = g if own and n else self.params[p]
+        for (p,g,_),n in zip(self.sent, had): p.grad = g if own and n else self.params[p]
         return sums.tolist()
 
     def _agreed(self, at):

@@ -85,6 +85,7 @@ class Learner:
                 for e in inner_events:
                     if hasattr(type(o), e): raise ValueError(f"Learner: {type(o).__name__} wants to be called at '{e}', which is inside a compiled step")
         self.n_epoch,self.epoch,self.interrupted,self.history = n,0,False,History()
+        self.model.free() # calls that nobody will walk back over
         with self._listening(self.cbs):
             try: self._part('fit', self._epochs)
             except BaseException as e:

@@ -8,7 +8,6 @@ __all__ = ['sgd_step', 'rmsprop_step', 'adam_step', 'Optimizer', 'SGD', 'RMSprop
 # %% ../../nbs/train/60_optimizers.ipynb #d377e613
 import torch
 from torch import Tensor
-from ..core.module import zero_grad
 from ..core.record import traced
 
 # %% ../../nbs/train/60_optimizers.ipynb #e0aef1b6
@@ -159,7 +158,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none=True):
         "Clear the gradients of all parameters"
-        for group in self.param_groups: zero_grad(group['params'])
+        for group in self.param_groups:
+            for p in group['params']: p.grad = None
 
 # %% ../../nbs/train/60_optimizers.ipynb #eb54bae9
 class SGD(Optimizer):
