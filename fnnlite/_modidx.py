@@ -247,6 +247,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fnnlite.core.rules.Rule.reads': ('core/rules.html#rule.reads', 'fnnlite/core/rules.py'),
                                     'fnnlite.core.rules.Rule.renamed': ('core/rules.html#rule.renamed', 'fnnlite/core/rules.py'),
                                     'fnnlite.core.rules.Rule.run': ('core/rules.html#rule.run', 'fnnlite/core/rules.py'),
+                                    'fnnlite.core.rules.Rule.spell': ('core/rules.html#rule.spell', 'fnnlite/core/rules.py'),
                                     'fnnlite.core.rules.base_name': ('core/rules.html#base_name', 'fnnlite/core/rules.py'),
                                     'fnnlite.core.rules.body_of': ('core/rules.html#body_of', 'fnnlite/core/rules.py'),
                                     'fnnlite.core.rules.elementwise': ('core/rules.html#elementwise', 'fnnlite/core/rules.py'),

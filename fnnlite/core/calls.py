@@ -210,6 +210,7 @@ class Record(Views, TorchFunctionMode):
 
     def constant(self, f, args, kwargs, ts, versions):
         "Run `f` where no gradient goes through it"
+        if base_name(f)=='detach': guards.stays_as_it_is(self, f, ts[0], False)
         out = self.plain(f, args, kwargs)
         guards.unchanged(self, f, ts, versions)
         changed = [t for t,v in zip(ts, versions) if t._version!=v and hasattr(t, 'mark')]

@@ -63,9 +63,10 @@ class Rule:
     def reads(self, name, wanted=None)->bool:
         "Does it read the numbers of the argument `name`, where the gradients of `wanted` are asked for? (None: of all)"
         return self.saved is None or any(n==name and (not of or wanted is None or of in wanted) for n,of in self.saved)
+    def spell(self, k): return k if k in self.names else spelled.get(k, k)
     def renamed(self, kwargs)->dict:
         "`kwargs` by the rule's names; torch passes an empty `out` on"
-        return {k if k in self.names else spelled.get(k, k):v for k,v in kwargs.items() if k!='out' or v is not None}
+        return {self.spell(k):v for k,v in kwargs.items() if k!='out' or v is not None}
     def named(self, args, kwargs)->list:
         "The arguments, each with the rule's name for it"
         names = self.names[:self.names.index(self.rest)] if self.rest else self.names
@@ -82,8 +83,7 @@ class Rule:
         "`args`, `kwargs` and `out` without the numbers that it doesn't read"
         if self.saved is None: return args,kwargs,out
         light = lambda name, o: o if self.reads(name) else maptree(without_numbers, o)
-        names = iter([name for name,_ in self.named(args, kwargs)])
-        args,kwargs = tuple(light(next(names), o) for o in args),{k:light(next(names), o) for k,o in kwargs.items()}
+        args,kwargs = tuple(light(name, o) for name,o in self.named(args, {})),{k:light(self.spell(k), o) for k,o in kwargs.items()}
         return args,kwargs,out if any(map(self.reads, getattr(out, '_fields', ('out',)))) or self.reads('out') else maptree(without_numbers, out)
 
     def in_place(self, args, kwargs)->bool:
