@@ -3,7 +3,7 @@ import copy, gc, pickle, threading, warnings, weakref
 import numpy as np
 import pytest, torch, torch.nn.functional as F
 from torch import nn
-from fnnlite import GradError, Model, Module, const
+from fnnlite import Dropout, GradError, Model, Module, const
 from fnnlite.core.boundary import recorded, recorded_call
 from fnnlite.core.calls import recording
 from fnnlite.core.rules import gradient_of, kernels
@@ -900,6 +900,17 @@ def test_a_side_door_by_a_view_of_what_was_changed():
         h = h*1
         h.mul_(2)
         seen.append(h[:,0])
+        return h
+    out,*_ = recorded_call(Door(leaves), torch.randn(3, 4))
+    with pytest.raises(GradError, match='used outside'): (out.mean()+seen[0].pow(2).mean()).backward()
+
+def test_a_side_door_by_what_a_layer_gave_back_changed_in_place():
+    "torch dies of a hook on such a view, if its base requires grad already."
+    seen,same = [],Dropout(.5).eval()
+    def leaves(h):
+        v = same(h*1)
+        v.mul_(2)
+        seen.append(v)
         return h
     out,*_ = recorded_call(Door(leaves), torch.randn(3, 4))
     with pytest.raises(GradError, match='used outside'): (out.mean()+seen[0].pow(2).mean()).backward()
