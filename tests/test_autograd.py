@@ -1,10 +1,11 @@
-"An outermost call as one node of autograd's graph, and a node a layer: right gradients, torch's own tools, errors where a gradient would be lost."
+"An outermost call as a node of autograd's graph, and a node a layer: right gradients, torch's own tools, errors where one would be lost."
 import gc, weakref
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch.autograd import grad, gradcheck
 from torch.utils.checkpoint import checkpoint
-from fnnlite import Module, Add, Concat, Dropout, Lin, LogSoftmax, Matmul, Relu, Tanh, CrossEntropy, Mse, Model, Sequential, Wrap, GradError, const
+from fnnlite import Module, Add, Concat, Dropout, Lin, LogSoftmax, Matmul, Relu, Tanh, CrossEntropy, Mse
+from fnnlite import GradError, Model, Sequential, Wrap, const
 from fnnlite.core.module import through_forward
 from fnnlite.core.record import floats
 from cases import cases, name
@@ -34,7 +35,7 @@ def through(f, *args):
 # Layers and losses, against finite differences
 
 def check(module, args):
-    "gradcheck with respect to the arguments and parameters that require grad, with the same random numbers each time; and that it was `bwd` which ran"
+    "gradcheck for all that requires grad, with the same random numbers each time; and that it was `bwd` which ran"
     ran = []
     class Counted(type(module)):
         def bwd(self, out, *args):
@@ -86,8 +87,8 @@ def test_nested_arguments_and_outputs(nodes):
 class Mixed(Module):
     "fnnlite, torch.nn, raw operations, views, functional calls and a weight used raw, in any order"
     def __init__(self):
-        self.a,self.norm,self.act,self.b,self.add,self.l = Lin64(4, 6),nn.LayerNorm(6, dtype=torch.float64),Tanh(),Lin64(3, 3),Add(),nn.Linear(3, 3).double()
-        self.relu = Relu()
+        self.a,self.norm,self.b,self.l = Lin64(4, 6),nn.LayerNorm(6, dtype=torch.float64),Lin64(3, 3),nn.Linear(3, 3).double()
+        self.act,self.add,self.relu = Tanh(),Add(),Relu()
     def forward(self, x):
         h = self.norm(self.a(x/2))
         h = self.act(h*2).view(-1, 2, 3)[:, :1].expand(-1, 2, 3)
@@ -107,7 +108,8 @@ class Both(Module):
         return y,[y,x]
     def bwd(self, out, x): x.g = out[0].g*2 + out[1][0].g*2 + out[1][1].g
 class Net(Module):
-    def __init__(self): self.l,self.both,self.id,self.add,self.table,self.mm,self.drop = Lin64(4, 4),Both(),Id(),Add(),Table(),Matmul(),Dropout()
+    def __init__(self):
+        self.l,self.both,self.id,self.add,self.table,self.mm,self.drop = Lin64(4, 4),Both(),Id(),Add(),Table(),Matmul(),Dropout()
     def forward(self, x):
         h = self.l(self.l(x))
         y,(z,w) = self.both(self.id(h))
@@ -143,8 +145,7 @@ class Block(Module):
     def product(self): return self.ls[0].w@self.ls[1].w
     def forward(self, x): return x@self.product@self.last.weight.t()
     def bwd(self, out, x):
-        a,b = self.ls
-        g = out.g@self.last.weight
+        (a,b),g = self.ls,out.g@self.last.weight
         self.last.weight.g = out.g.t()@x@self.product
         b.w.g,a.w.g,x.g = (x@a.w).t()@g,x.t()@g@b.w.t(),g@self.product.t()
 class More(Block):
@@ -162,7 +163,9 @@ def test_classes_that_look_after_their_subclasses():
     "See no stand-in that a bwd gets for `self`."
     made = []
     class Registered(Lin):
-        def __init_subclass__(cls): super().__init_subclass__(made.append(cls.__name__))
+        def __init_subclass__(cls):
+            super().__init_subclass__()
+            made.append(cls.__name__)
     class One(Registered): pass
     One(4, 3)(torch.randn(2, 4)).sum().backward()
     assert made==['One']
@@ -171,7 +174,7 @@ def test_classes_that_look_after_their_subclasses():
 # What is not asked for
 
 @each
-@pytest.mark.parametrize('x,frozen,expected', [(True, '', 'xwb'), (False, '', 'wb'), (True, 'w', 'xb'), (True, 'wb', 'x'), (False, 'b', 'w')])
+@pytest.mark.parametrize('x,frozen,expected', [(True,'','xwb'), (False,'','wb'), (True,'w','xb'), (True,'wb','x'), (False,'b','w')])
 def test_what_is_not_asked_for_is_not_computed(x, frozen, expected, nodes):
     wanted = []
     class Asks(Lin):
@@ -224,10 +227,10 @@ def test_changes_in_place_are_autograds_error():
             out = super().forward(inp)
             masks.append(out.mask)
             return out
-    for change in (lambda m,h,o: m[0].w.detach().mul_(2), lambda m,h,o: h.mul_(2), lambda m,h,o: o.detach().mul_(2), lambda m,h,o: masks[-1].mul_(2)):
-        m,h = Sequential(Lin64(4, 4), Keeps(), Tanh(), Id()).as_nodes(),leaf(3, 4)*2
+    for changed in (lambda m,h,o: m[0].w, lambda m,h,o: h, lambda m,h,o: o, lambda m,h,o: masks[-1]):
+        m,h = Sequential(Lin64(4, 4), Keeps(), Tanh()).as_nodes(),leaf(3, 4)*2
         o = m(h)
-        change(m, h, o)
+        changed(m, h, o).detach().mul_(2)
         with pytest.raises(RuntimeError, match='modified by an inplace operation'): (o*1).sum().backward()
 
 def test_parameters_own_their_gradients():
@@ -243,17 +246,12 @@ def test_parameters_own_their_gradients():
     assert len({t.grad.data_ptr() for t in (m.p,m.q,x)})==3
 
 def test_through_forward():
-    "Inside, nested or after an error, autograd goes through `forward`; outside, `bwd` is called again."
-    class Wrong(Lin):
-        def bwd(self, out, inp):
-            super().bwd(out, inp)
-            self.w.g = self.w.g*1.01
-    l,x = Wrong(4, 3, dtype=torch.float64),rand(5, 4)
-    def of_w(): return grad(l(x).sum(), l.w)[0]
+    "Nested, and after an error."
+    l,x = Lin64(4, 3),rand(5, 4)
     with through_forward():
         with pytest.raises(KeyError), through_forward(): raise KeyError
-        true = of_w()
-    close([of_w(), true], [1.01*true, x.sum(0)[:,None].expand(4, 3)], **tight)
+        assert ours(l(x))==(0,0)
+    assert ours(l(x))==(1,0)
 
 
 # Torch's tools
@@ -311,20 +309,16 @@ def test_hooks_of_modules():
 @each
 @pytest.mark.parametrize('reentrant', [False, True])
 def test_checkpoint(reentrant, nodes):
-    "The same gradients; a node keeps its record, so that without re-entry only layers that are nodes of their own are computed again."
-    ran = []
-    class Counted(Tanh):
-        def forward(self, inp):
-            ran.append(1)
-            return super().forward(inp)
-    m,x = Sequential(Lin64(4, 4), Dropout(), Counted(), Lin64(4, 4)).as_nodes(nodes),leaf(5, 4)
+    "The same gradients; without re-entry only nodes of layers are computed again, for the node of a whole call keeps its record."
+    m,x,ran = Sequential(Lin64(4, 4), Dropout(), Tanh(), Lin64(4, 4)).as_nodes(nodes),leaf(5, 4),[]
     def grads(f):
         torch.manual_seed(3)
         f(x).square().sum().backward()
         return [(t.grad, setattr(t, 'grad', None))[0] for t in (x, *m.parameters())]
-    got = grads(lambda x: checkpoint(m, x, use_reentrant=reentrant))
+    want = grads(m)
+    m[2].register_forward_hook(lambda *a: ran.append(1))
+    close(grads(lambda x: checkpoint(m, x, use_reentrant=reentrant)), want, **tight)
     assert len(ran)==(2 if nodes or reentrant else 1)
-    close(got, grads(m), **tight)
 
 def test_saved_tensors_hooks_see_all():
     "What is saved goes elsewhere, the dropout's mask too, and comes back; nothing else is read."
@@ -362,9 +356,8 @@ def test_freed_as_usual():
         assert alive()==0 and len(refs)==8
     finally: gc.enable()
 
-@each
-def test_functional_call(nodes):
-    m,(x,y) = net().as_nodes(nodes),batch()
+def test_functional_call():
+    m,(x,y) = net().as_nodes(),batch()
     ws = {n:(p*1.5).detach().requires_grad_() for n,p in m.named_parameters()}
     assert gradcheck(lambda *ts: torch.func.functional_call(m, dict(zip(ws, ts)), (x, y)), list(ws.values()))
     assert all(p.grad is None for p in m.parameters())

@@ -113,7 +113,8 @@ def recorded_call(
 
 def watch_outside(rec):
     "Refuse, on the way back, what was made inside and used outside without having been returned"
-    for o in {id(o):o for call in reversed(rec.made) for o in call.outs if rec.is_output(o)}.values(): # views before their bases
+    outs = {id(o):o for call in rec.made for o in call.outs if rec.is_output(o)}.values()
+    for o in sorted(outs, key=lambda o: not o._is_view()): # with a base that requires grad already, torch might die of a view's hook
         try: o.requires_grad_().register_hook(used_outside)
         except RuntimeError: pass # then autograd itself refuses to use it
 
