@@ -2,7 +2,7 @@
 import copy, gc, weakref
 import pytest, torch
 from torch import nn
-from fnnlite import CrossEntropy, GradError, Lin, Model, Module, Mse, Relu, SGD, Tanh, check_grads, const, gradient_of, recorded, recording
+from fnnlite import CrossEntropy, Dropout, GradError, Lin, Model, Module, Mse, Relu, Reshape, SGD, Tanh, check_grads, const, gradient_of, recorded, recording
 from fnnlite.core.module import through_forward
 from helpers import Lin64, close, rand, tight
 
@@ -349,3 +349,29 @@ def test_functional_call():
     f = lambda s: ((x@(m.layers[0].w.detach()*s)+m.layers[0].b.detach()*s).tanh()**2).sum()
     close(scale.grad, *auto(f, scale), **tight)
     assert m.layers[0].w.g is None
+
+
+# A layer that gives back what came in, or a view of it
+
+changed = {'the view': lambda h, v, r: (v.mul_(2).sin()*h).sum(), 'flat': lambda h, v, r: (h.sin()*v).sum()+r.mul_(3).pow(2).sum(),
+    'what came in': lambda h, v, r: (h.mul_(3).sin()*v).sum()+r.pow(2).sum()}
+
+@pytest.mark.parametrize('how', changed)
+def test_what_a_layer_gives_back_changed_in_place(how):
+    def f(w, x, drop, flat):
+        h = w*x
+        v = drop(h)
+        return changed[how](h, v, flat(h))
+    class Net(Module):
+        def __init__(self): self.w,self.drop,self.flat = nn.Parameter(rand(3, 4)),Dropout(.5),Reshape(-1)
+        def forward(self, x): return f(self.w, x, self.drop, self.flat)
+    net,x = Net().eval(),rand(3, 4)
+    net(x).backward()
+    close([net.w.g, x.g], auto(lambda w, x: f(w, x, nn.Dropout().eval(), nn.Flatten(0)), net.w, x), **tight)
+
+def test_a_parameter_that_a_layer_gives_back_changed_in_place():
+    class Net(Module):
+        def __init__(self): self.w,self.drop = nn.Parameter(rand(3)),Dropout(.5)
+        def forward(self): return self.drop(self.w).mul_(2).sum()
+    net = Net().eval()
+    with pytest.raises(GradError, match='outside the record'): net()

@@ -170,7 +170,7 @@ class Record(Views, TorchFunctionMode):
         if not new: return out # what was given came back, or nothing that has a gradient
         guards.has_rule(self, f, rule, ts+new)
         self.note(f, rule, params, args, kwargs, out, outs, came_in, ts, sources)
-        if not kind.ours: self.look_for_views(ts, out, outs, f, args, kwargs)
+        self.look_for_views(ts, out, outs, f, args, kwargs)
         return out
 
     def note(self, f, rule, own, args, kwargs, out, outs, came_in, ts, sources, kept=None):
