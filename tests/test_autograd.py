@@ -138,7 +138,11 @@ def test_unused_outputs_and_no_outputs(nodes):
     assert Prints().as_nodes(nodes)(x) is None
 
 class Block(Module):
-    "A bwd over the parameters of modules inside, a list of them, and methods and properties of its own"
+    "A bwd over the parameters of modules inside, a list of them, and methods and properties of its own; it looks after its subclasses"
+    heirs = []
+    def __init_subclass__(cls):
+        super().__init_subclass__()
+        Block.heirs.append(cls)
     def __init__(self): self.ls,self.last = [Lin64(4, 4, bias=False), Lin64(4, 4, bias=False)],nn.Linear(4, 2, bias=False).double()
     @property
     def product(self): return self.ls[0].w@self.ls[1].w
@@ -156,18 +160,7 @@ class More(Block):
 def test_parameters_of_modules_inside(nodes):
     m,x = More().as_nodes(nodes),leaf(3, 4)
     assert gradcheck(lambda *_: m(x), (x, *m.parameters()))
-    assert all(p.g is None for p in m.parameters())
-
-def test_classes_that_look_after_their_subclasses():
-    "See no stand-in that a bwd gets for `self`."
-    made = []
-    class Registered(Lin):
-        def __init_subclass__(cls):
-            super().__init_subclass__()
-            made.append(cls.__name__)
-    class One(Registered): pass
-    One(4, 3)(torch.randn(2, 4)).sum().backward()
-    assert made==['One']
+    assert Block.heirs==[More] # no stand-in for `self`
 
 
 # What is not asked for
@@ -278,7 +271,7 @@ def test_hooks_of_modules():
     m,(x,y),seen = net().as_nodes(),batch(),[]
     l = m.layers[2]
     def first(): return grad(m(x, y), m.layers[0].w)[0]
-    ref = first()
+    ref = through(first)
     hs = [l.register_forward_pre_hook(lambda mod,args: seen.append(('pre', mod is l))),
         l.register_forward_hook(lambda mod,args,out: seen.append(('forward', out.grad_fn.name()))),
         l.register_full_backward_pre_hook(lambda mod,g: seen.append(('backward pre', g[0].shape))),
@@ -290,9 +283,8 @@ def test_hooks_of_modules():
     assert 'forward' not in vars(l)
     l.forward = lambda inp: (seen.append(1),Lin.forward(l, inp))[1]
     l.register_forward_hook(lambda *a: None)
-    for n in (5,6):
-        close(first(), ref)
-        assert len(seen)==n
+    close([first(), first()], [ref, ref], **tight)
+    assert seen[4:]==[1,1]
 
 @each
 @pytest.mark.parametrize('reentrant', [False, True])
@@ -304,7 +296,7 @@ def test_checkpoint(reentrant, nodes):
         x.grad = m.zero_grad()
         f(x).square().sum().backward()
         return [t.grad for t in (x, *m.parameters())]
-    want = grads(m)
+    want = through(grads, m)
     m[2].register_forward_hook(lambda *a: ran.append(1))
     close(grads(lambda x: checkpoint(m, x, use_reentrant=reentrant)), want, **tight)
     assert len(ran)==(2 if nodes or reentrant else 1)
@@ -316,7 +308,7 @@ def test_saved_tensors_hooks_see_all():
     def loss():
         torch.manual_seed(3)
         return m(x).square().sum()
-    ref = grad(loss(), (x, *m.parameters()))
+    ref = grad(through(loss), (x, *m.parameters()))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda i: store[i].clone()): out = loss()
     for p in m.parameters(): p.data = torch.full_like(p, torch.nan)
     close(grad(out, (x, *m.parameters())), ref)
@@ -357,8 +349,7 @@ def test_torch_func_and_forward_mode(nodes):
     import torch.autograd.forward_ad as fw
     from torch.func import functional_call, grad, hessian, jvp, vmap
     m,x,v = Sequential(Lin64(4, 3), Tanh()).as_nodes(nodes),rand(5, 4),rand(5, 4)
-    def f(x, w=m[0].w, b=m[0].b): return (x@w+b).tanh()
-    def sq(g): return lambda *a: g(*a).square().sum()
+    f,sq = lambda x,w=m[0].w,b=m[0].b: (x@w+b).tanh(),lambda g: lambda *a: g(*a).square().sum()
     with fw.dual_level(): dual = fw.unpack_dual(m(fw.make_dual(x, v))).tangent
     close([*jvp(m, (x,), (v,)), dual], [*jvp(f, (x,), (v,)), jvp(f, (x,), (v,))[1]], **tight)
     close([vmap(m)(x), hessian(sq(m))(x)], [f(x), hessian(sq(f))(x)], **tight)

@@ -353,7 +353,7 @@ def test_functional_call():
 
 # A layer that gives back what came in, or a view of it
 
-changed = {'the view': lambda h, v, r: (v.mul_(2).sin()*h).sum(), 'flat': lambda h, v, r: (h.sin()*v).sum()+r.mul_(3).pow(2).sum(),
+changed = {'the view': lambda h, v, r: (v.mul_(2).sin()*h).sum(), 'flat': lambda h, v, r: r.mul_(3).pow(2).sum()+(h.sin()*v).sum(),
     'what came in': lambda h, v, r: (h.mul_(3).sin()*v).sum()+r.pow(2).sum()}
 
 @pytest.mark.parametrize('how', changed)
