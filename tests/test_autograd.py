@@ -248,11 +248,11 @@ def test_hooks_of_tensors(nodes):
     m,data,seen = Sequential(Lin64(4, 5), Tanh(), Lin64(5, 3)),leaf(6, 4),[]
     m[2].w.register_hook(lambda g: 5*g)
     m[0].w.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
-    def run(*args):
+    if nodes: m[1].register_forward_hook(lambda mod,args,out: out.register_hook(lambda g: g.sign()) and None)
+    def run():
         seen.clear()
         h = data*2
         h.register_hook(lambda g: g.clamp(-1, 1))
-        if nodes: m[1].register_forward_hook(lambda mod,args,out: out.register_hook(lambda g: g.sign()) and None)
         out = m(h)
         out.register_hook(lambda g: 3*g)
         for t in (h,out): t.retain_grad()

@@ -156,6 +156,15 @@ def test_a_faulty_bwd():
     with pytest.raises(RuntimeError) as e: torch.compile(lambda: m(x).sum(), fullgraph=True, backend='aot_eager')().backward()
     assert 'GradError' in repr(e.value)+repr(e.value.__cause__)
 
+def test_a_bwd_that_changes_its_upstream_gradient():
+    "Uncompiled it is refused; compiled it has one of its own."
+    class Twice(Module):
+        def forward(self, x): return x*2
+        def bwd(self, out, x): x.g = out.g.mul_(2)
+    m,x = Twice(),torch.ones(3, requires_grad=True)
+    torch.compile(lambda x: (m(x)+x).sum(), fullgraph=True, backend='aot_eager')(x).backward()
+    assert x.grad.tolist()==[3,3,3]
+
 def test_a_walk_by_hand():
     "There is no record to walk over."
     m = Model([Lin64(4, 3)], Mse())

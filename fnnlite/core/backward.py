@@ -178,15 +178,15 @@ def shares(
             guards.passes(call, a, t)
             if g is not None: g = g.to(t.dtype)
         gs.append(g)
-    if call.has_params: in_memory_of_their_own(gs, wanted, seen)
+    if call.has_params:
+        others = (seen.args,seen.kwargs,seen.out,[o.g for o in floats(seen.out)],list(seen.kept.values()))
+        in_memory_of_their_own(gs, [t for _,t in wanted], floats(others))
     gs = iter(gs)
     return [None if s is None else next(gs) for s in call.sources]
 
-def in_memory_of_their_own(gs, wanted, call):
-    "Clone those of `gs` that a parameter would share with another tensor of the call, for its gradient may be changed in place"
-    others = floats((call.args,call.kwargs,call.out,[o.g for o in floats(call.out)],list(call.kept.values())))
-    for i,(_,t) in enumerate(wanted):
-        g = gs[i]
+def in_memory_of_their_own(gs, ts, others):
+    "Clone what a parameter among `ts` would share of the gradients `gs` with `others`, for its gradient may be changed in place"
+    for i,(g,t) in enumerate(zip(gs, ts)):
         if g is None: continue
         if is_param(t) and (g._is_view() or any([o is g or torch._C._is_alias_of(o, g) for o in others])): gs[i] = g.clone()
         others.append(g)

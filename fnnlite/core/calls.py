@@ -76,7 +76,7 @@ class Record(Views, TorchFunctionMode):
         walked = [] if free else list(todo)
         if free: self.made,self.used,self.freed = [],[],True
         grads = walk(starts, todo, free=free, **kwargs)
-        publish(self, grads, walked, asked)
+        if not torch._C._are_functorch_transforms_active(): publish(self, grads, walked, asked) # else a gradient is several, of `is_grads_batched`
         return {id(t):grads[leaf] for t in asked if (leaf := self.leaf(t)) in grads}
 
     def shown(self, out):
@@ -186,7 +186,7 @@ class Record(Views, TorchFunctionMode):
         self.made.append(call)
         given = {*map(id, ts)}
         for i,o in enumerate(outs):
-            if id(o) not in given or o is out: self.mark(o, call.n, i)
+            if id(o) not in given or o is out: self.mark(o, None if rule.is_layer and not wants(o) else call.n, i)
         call.lighten() if self.lean else call.notice(came_in+tensors(out))
 
     def is_from(self, t, n, i):

@@ -6,12 +6,12 @@
 __all__ = ['Hole', 'Node', 'as_node']
 
 # %% ../../nbs/core/15_nodes.ipynb #5d10a004
-from contextlib import nullcontext
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 from . import guards
+from .backward import in_memory_of_their_own
 from .record import const, maptree, tensors, wants
 from .stand_ins import autocast_of, stand_in
 
@@ -47,22 +47,25 @@ class Node(torch.autograd.Function):
     def backward(ctx, *gs):
         (args,kwargs,out,kept),module = ctx.trees,ctx.module
         if not isinstance(out, Hole): gs = gs[1:]
-        real,saved = module._bwd_params(),ctx.saved_tensors
-        n = len(ctx.needs_input_grad)-3
-        ts = [t.detach() if asked else const(t.detach()) for t,asked in zip(saved, ctx.needs_input_grad[3:])]
+        real,saved,asked = module._bwd_params(),ctx.saved_tensors,ctx.needs_input_grad[3:]
+        n,upstream = len(asked),[g for g in gs if g is not None]
+        versions = [] if is_compiling() else [g._version for g in upstream]
+        ts = [t.detach() if a else const(t.detach()) for t,a in zip(saved, asked)]
         args,kwargs = _fill((args,kwargs), iter(ts))
         out,kept = _fill((out,kept), iter([t.detach() for t in saved[n:]]))
         for o,g,attrs in zip(tensors(out), gs, kept):
             for k,v in attrs.items(): setattr(o, k, v)
-            o.g = g
+            o.g = g.clone() if is_compiling() else g # a compiler removes the clone, and can't ask for versions
         for t in ts: t.g = None # a compiler doesn't know of `Tensor.g`
         me = stand_in(module, dict(zip(real, ts[n-len(real):])))
-        with torch.autocast(*ctx.autocast) if ctx.autocast else nullcontext(): me.bwd(out, *args, **kwargs)
+        with torch.autocast(*ctx.autocast) if ctx.autocast else torch.autocast(ts[0].device.type, enabled=False): me.bwd(out, *args, **kwargs)
+        if not is_compiling(): guards.upstream_as_it_was(type(module).__name__, upstream, versions)
         gs = []
-        for t,asked in zip(ts, ctx.needs_input_grad[3:]):
+        for t,a in zip(ts, asked):
             who = lambda: f"{type(module).__name__}: {'its input' if len(gs)<n-len(real) else 'a parameter'}"
-            if asked: guards.fits(t.g, t, (t.dtype,ctx.autocast and t.g is not None and t.g.dtype), module.exact, who)
-            gs.append(t.g.to(t.dtype) if asked and t.g is not None else None)
+            if a: guards.fits(t.g, t, (t.dtype,ctx.autocast and t.g is not None and t.g.dtype), module.exact, who)
+            gs.append(t.g.to(t.dtype) if a and t.g is not None else None)
+        if not is_compiling(): in_memory_of_their_own(gs, saved, [*ts, *tensors(out), *upstream])
         return None,None,None,*gs
 
 def as_node(
