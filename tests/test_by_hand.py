@@ -375,3 +375,42 @@ def test_a_parameter_that_a_layer_gives_back_changed_in_place():
         def forward(self): return self.drop(self.w).mul_(2).sum()
     net = Net().eval()
     with pytest.raises(GradError, match='outside the record'): net()
+
+def test_a_view_that_is_returned_after_its_base_was_changed():
+    class Net(Module):
+        def __init__(self): self.lin = Lin64(4, 3)
+        def forward(self, x):
+            h = self.lin(x)
+            v = h.flatten()
+            h.clamp_(-1, 1)
+            return v
+    m,x,g = Net(),rand(5, 4),rand(15)
+    m(x)
+    m.backward(g)
+    close([x.g, m.lin.w.g], auto(lambda x, w: ((x@w+m.lin.b.detach()).clamp(-1, 1).flatten()*g).sum(), x, m.lin.w), **tight)
+
+def test_an_output_changed_in_place_behind_the_module():
+    class Net(Module):
+        def __init__(self): self.part = Model([Lin64(4, 3), Tanh(), Lin64(3, 3)])
+        def forward(self, x): return self.part(x).mul_(2)
+    m = Net()
+    m(rand(5, 4))
+    with pytest.raises(GradError, match='changed in place'): m.part.backward(ones(5, 3))
+
+@pytest.mark.parametrize('f', [lambda x: x.t_(), lambda x: x.unsqueeze_(0), lambda x: x.swapaxes_(0, 1)])
+def test_a_tensor_that_gets_another_form(f):
+    def after(x):
+        h = x*3
+        s = h.sum(0)
+        return f(h).pow(2).sum()+s.sin().sum()
+    x = rand(3, 4)
+    with recording() as rec: out = after(x)
+    rec.backward(out)
+    close([x.g], auto(after, x), **tight)
+
+def test_an_output_that_shows_its_input_changed_outside():
+    x = rand(3, 4).requires_grad_()
+    h = x*2
+    out = Reshape(-1)(h)
+    h.mul_(2)
+    with pytest.raises(GradError, match='shows numbers of what came in, was changed'): out.sum().backward()

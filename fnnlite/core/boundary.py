@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves, tree_map
 from .calls import Record, here
-from .guards import no_hooks
+from .guards import no_hooks, shown_as_it_was
 from .record import GradError, internals, is_float, is_param, tensors, traced, wants
 from .rules import Kind, registry
 
@@ -24,6 +24,7 @@ class Boundary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rec, outs, *asked):
         ctx.sources,ctx.asked = [rec.source(o, 'forward') for o in outs],asked
+        ctx.shown = [(o,o._version) for o in outs if o._is_view() and any(torch._C._is_alias_of(o, leaf.t) for leaf in rec.leaves.values())]
         ctx.save_for_backward(nothing)
         return tuple(o.detach() for o in outs)
 
@@ -33,6 +34,7 @@ class Boundary(torch.autograd.Function):
         ctx.saved_tensors
         rec,here.held = here.held.rec,None
         walks_alone(rec, 'autograd')
+        for o,version in ctx.shown: shown_as_it_was(o, version)
         starts = [(source,g) for source,g in zip(ctx.sources, gs) if g is not None]
         grads = rec.walk_back(starts, asked=ctx.asked, free=rec.lean) if starts else {}
         rec.show_outside()

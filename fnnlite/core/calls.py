@@ -70,6 +70,7 @@ class Record(Views, TorchFunctionMode):
     def walk_back(self, starts, calls=slice(None), asked=(), free=False, **kwargs)->dict:
         "Walk over `calls` and put the gradients on the tensors; those that autograd asked for, by their id"
         guards.still_there(self)
+        guards.can_reach(starts, calls)
         guards.apart_in_memory([leaf.t for leaf in self.leaves.values() if is_param(leaf.t)])
         todo = self.made[calls]
         free = free and len(todo)==len(self.made) # not of a part
@@ -112,6 +113,11 @@ class Record(Views, TorchFunctionMode):
         leaf = self.leaf(t)
         guards.fresh(self, f, t, leaf.version)
         return leaf
+
+    def settle(self, out):
+        "Let views in `out` whose base was changed show its new numbers now"
+        for o in tensors(out, openly=False):
+            if self.is_output(o): self.source(o, 'forward')
 
     def is_buffer(self, t):
         "Is `t` a buffer of the modules in use?"

@@ -6,8 +6,8 @@
 __all__ = ['shape', 'can_see', 'not_in_a_function', 'stays_as_it_is', 'same_form', 'fresh', 'from_here', 'no_hook_inside',
            'still_there', 'no_hook', 'apart_in_memory', 'entered_once', 'no_global_hooks', 'only_statistics',
            'no_hooks', 'other_record', 'stays_inside', 'stays_in_graph', 'made_here', 'shows_each_once', 'unchanged',
-           'has_rule', 'can_start', 'in_words', 'as_it_was', 'can_replace', 'with_shapes', 'upstream_as_it_was',
-           'passes', 'all_or_nothing', 'fits', 'Watch']
+           'has_rule', 'can_start', 'can_reach', 'shown_as_it_was', 'in_words', 'as_it_was', 'can_replace',
+           'with_shapes', 'upstream_as_it_was', 'passes', 'all_or_nothing', 'fits', 'Watch']
 
 # %% ../../nbs/core/09_guards.ipynb #e09ed16e
 import torch
@@ -153,6 +153,16 @@ def can_start(rec, o, g):
     if g is not None and (g.shape!=o.shape or g.dtype!=o.dtype):
         raise GradError(f"backward: got a gradient of {tuple(g.shape)} {g.dtype}, expected {tuple(o.shape)} {o.dtype}")
     return source
+
+def can_reach(starts, calls):
+    "Refuse to start behind the `calls` that are walked"
+    if calls.stop is not None and any(type(source) is tuple and source[0]>=calls.stop for source,_ in starts): raise GradError(
+        "backward: an output of the module was changed in place after its call: call backward() on the loss")
+
+def shown_as_it_was(t, version):
+    "Refuse to go back from an output that shows the numbers of an input, where these were changed outside"
+    if t._version!=version: raise GradError(f"backward: {shape(t)}, which shows numbers of what came in, "
+        "was changed in place after the call: change a clone()")
 
 def in_words(call, t):
     "How errors name the tensor `t` of `call`"

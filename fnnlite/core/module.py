@@ -102,7 +102,9 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
     def _recorded(self, rec, args, kwargs):
         "The call inside a record"
         use,outermost = Use(rec, self, args, kwargs),rec.root is self and not rec.used
-        if not self.has_bwd: out = super().__call__(*args, **kwargs)
+        if not self.has_bwd:
+            out = super().__call__(*args, **kwargs)
+            rec.settle(out)
         else:
             self._no_recorded_attributes(rec)
             layer = lambda *args, **kwargs: rec.own(Layer(self, params), args, kwargs, params)

@@ -61,6 +61,7 @@ class Views:
         out = self.plain(rule.forward or f, args, kwargs)
         if out is not None and out is not t: self.plain(t.copy_, (out,), {})
         guards.same_form(self, f, t, was_form, form(t))
+        if form(t)!=was_form: self.keep_form(t, before[id(t)])
         others = [(o,v) for o,v in zip(ts, versions) if id(o) not in before]
         guards.unchanged(self, f, [o for o,_ in others], [v for _,v in others])
         args,kwargs = (maptree(lambda o: before.get(id(o), o), o) for o in (args,kwargs))
@@ -70,6 +71,13 @@ class Views:
         for *_,part,_ in bases:
             if self.views[id(part)].i is None: part.mark = *part.mark[:3],None,id(part) # from the base, when it is next used
         return None if out is None else t
+
+    def keep_form(self, t, before):
+        "Let the calls so far have `before` in place of `t`, which has another form now"
+        kept = lambda o: maptree(lambda v: before if v is t else v, o)
+        for call in self.made:
+            call.args,call.kwargs,call.out,call.noted = kept((call.args,call.kwargs,call.out,call.noted))
+            call.outs = floats(call.out)
 
     def note_again(self, f, rule, args, kwargs, t, sources, kept=None):
         "A call whose output is a tensor that was there before"
