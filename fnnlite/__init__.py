@@ -18,7 +18,7 @@ from .ops.dropouts import Dropout
 from .ops.convolutions import Conv2d
 from .ops.losses import BCEWithLogits, CrossEntropy, Mse, NLL
 from .ops.wraps import Wrap
-from .ops import alignments, attentions, embeddings, indexing, normalisations, recurrences, reductions, torch_losses # the rest of the rules
+from .ops import alignments, attentions, embeddings, indexing, normalisations, pools, recurrences, reductions, torch_losses # the rest of the rules
 from .nets.containers import Model, Sequential
 from .train.optimizers import SGD, Adam, AdamW, RMSprop
 
