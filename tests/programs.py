@@ -570,7 +570,7 @@ class Run:
             if single: ups = [torch.ones(())]
             parts = outs if single else [(o*u).sum() for o,u in zip(outs, ups)]
             steps = (parts if way.apart else [sum(parts[1:], parts[0])])*way.walks
-        inps |= {f'tensor {i} between':t for i,t in enumerate(mids) if is_float(t)}
+        inps |= {f'tensor {i} between':t for i,t in enumerate(mids) if is_float(t) and not isinstance(t, nn.Parameter)}
         if not self.ours: inps = {k:t for k,t in inps.items() if comparable(t)}
         for i,loss in enumerate(steps):
             if not self.ours and self.afresh:

@@ -301,6 +301,15 @@ def test_checkpoint(reentrant, nodes):
     close(grads(lambda x: checkpoint(m, x, use_reentrant=reentrant)), want, **tight)
     assert len(ran)==(2 if nodes or reentrant else 1)
 
+def test_checkpoint_of_a_part():
+    "Called anew in the backward, it is a node of its own again."
+    class Net(Module):
+        def __init__(self): self.a,self.b = Lin64(4, 4),Tanh()
+        def forward(self, x): return checkpoint(self.b, self.a(x), use_reentrant=False)
+    m,x = Net().as_nodes(),leaf(5, 4)
+    want = grad(through(m, x).square().sum(), (x, *m.parameters()))
+    close(grad(m(x).square().sum(), (x, *m.parameters())), want, **tight)
+
 def test_saved_tensors_hooks_see_all():
     "What is saved goes elsewhere, the dropout's mask too, and comes back; nothing else is read."
     m,x,store = Sequential(Lin64(4, 3), Dropout(), Relu(), Concat()).as_nodes(),leaf(5, 4),[]

@@ -238,7 +238,8 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         on:bool=True, # or the whole call as one node?
     ):
         "Let each layer be a node of autograd's graph of its own (see `nodes`)"
-        self._nodes = on
+        for m in self.modules(): # each may be called anew, by a checkpoint
+            if isinstance(m, Module): m._nodes = on
         return self
     def free(self):
         "Let go of the records, and so of the activations"
