@@ -692,13 +692,13 @@ def test_update_before_backward():
 def test_faulty_bwd_is_refused_and_leaves_nothing(f, msg):
     m = Model([Lin64(4, 4), GivenBwd(f), Lin64(4, 3)], Mse())
     x,y = batch()
-    m(x, y)
     m.layers[1].f = right
+    m(x, y)
     m.backward()
     before = [p.g for p in m.parameters()]
     values = [g.clone() for g in before]
-    m(x, y)
     m.layers[1].f = f
+    m(x, y)
     with pytest.raises(GradError, match=r"GivenBwd \(layers.1\): .*" + msg): m.backward()
     assert all(p.g is g and p.grad is g and torch.equal(g, v) for p,g,v in zip(m.parameters(), before, values))
     assert x.g is None and m.layers[1].out.g is None

@@ -165,7 +165,9 @@ class Record(Views, TorchFunctionMode):
             target = args[0] if args else next(iter(kwargs.values()))
             if isinstance(target, Tensor) and not is_float(target): return self.constant(f, args, kwargs, ts, versions)
             return self.in_place(f, rule, args, kwargs, ts, sources, versions)
-        out = self.plain(rule.forward if rule and rule.forward else f, args, kwargs)
+        run = rule.forward if rule and rule.forward else f
+        if kind.ours and not (rule and rule.is_known): run = guards.only_its_own(run, name_of(f), came_in, self.has_gradient)
+        out = self.plain(run, args, kwargs)
         given = {*map(id, ts)}
         if kind.ours: out = maptree(lambda o: o.view_as(o) if id(o) in given else o, out)
         if [t._version for t in ts]!=versions:

@@ -7,11 +7,13 @@ __all__ = ['shape', 'can_see', 'not_in_a_function', 'stays_as_it_is', 'same_form
            'still_there', 'no_hook', 'apart_in_memory', 'entered_once', 'no_global_hooks', 'only_statistics',
            'no_hooks', 'other_record', 'stays_inside', 'stays_in_graph', 'made_here', 'shows_each_once', 'unchanged',
            'has_rule', 'can_start', 'can_reach', 'shown_as_it_was', 'in_words', 'as_it_was', 'can_replace',
-           'with_shapes', 'upstream_as_it_was', 'passes', 'all_or_nothing', 'fits', 'Watch']
+           'with_shapes', 'upstream_as_it_was', 'passes', 'all_or_nothing', 'fits', 'OnlyItsOwn', 'only_its_own',
+           'Watch']
 
 # %% ../../nbs/core/09_guards.ipynb #e09ed16e
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from .record import GradError, floats, is_param, tensors
 from .rules import escapes, hooking
@@ -220,6 +222,26 @@ def fits(g, t, dtypes, exact, who):
     raise GradError(f"{who()} got {got} from its rule, expected {tuple(t.shape)} {t.dtype}")
 
 # %% ../../nbs/core/09_guards.ipynb #08dc5ca8
+class OnlyItsOwn(TorchFunctionMode):
+    "Refuses, while the forward of one call runs, a tensor with a gradient that it wasn't given"
+    def __init__(self, who, given, has_gradient):
+        super().__init__()
+        self.who,self.given,self.has_gradient = who,{*map(id, given)},has_gradient
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunction():
+            for t in tensors((args,kwargs or {}), openly=False):
+                if id(t) not in self.given and (self.has_gradient(t) or is_param(t) and t.requires_grad): raise GradError(
+                    f"{self.who}: its forward uses {shape(t)}, which is neither an argument nor a parameter of its own, and whose gradient "
+                    "would be lost: make it an argument (tensors, or tuples, lists and dicts of them), or detach() it")
+            return f(*args, **(kwargs or {}))
+
+def only_its_own(f, who, given, has_gradient):
+    "`f`, watched by `OnlyItsOwn`"
+    def watched(*args, **kwargs):
+        with torch._C._EnableTorchFunction(), OnlyItsOwn(who, given, has_gradient): return f(*args, **kwargs)
+    return watched
+
 class Watch(TorchDispatchMode):
     "Notices what is computed where the record doesn't see it"
     def __init__(self, rec):

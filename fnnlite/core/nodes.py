@@ -13,7 +13,8 @@ from torch.compiler import is_compiling
 from . import guards
 from .backward import in_memory_of_their_own
 from .record import const, maptree, tensors, wants
-from .stand_ins import autocast_of, stand_in
+from .rules import asks
+from .stand_ins import as_called, autocast_of, is_known, stand_in
 
 # %% ../../nbs/core/15_nodes.ipynb #5d10a010
 class Hole:
@@ -31,9 +32,11 @@ class Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx, module, args, kwargs, *ts):
         ctx.module,ctx.autocast = module,autocast_of(ts)
-        if ctx.autocast is None: out = module.forward(*args, **kwargs)
+        forward = module.forward if is_compiling() or is_known(type(module)) else guards.only_its_own(module.forward, type(module).__name__, tensors((args,kwargs,module._bwd_params())), asks)
+        if ctx.autocast is None: out = forward(*args, **kwargs)
         else: # torch 2.10 would find a weight cast here, without grad, in its cache where it is used next
-            with torch.autocast(*ctx.autocast, cache_enabled=False): out = module.forward(*args, **kwargs)
+            with torch.autocast(*ctx.autocast, cache_enabled=False): out = forward(*args, **kwargs)
+        ctx.called = None if is_compiling() else as_called(module)
         outs = [o.detach() for o in tensors(out)]
         kept = [{} if any(o is t for t in ts) else _kept(module, o) for o in tensors(out)]
         ctx.trees = _holes((args,kwargs,out,kept))
@@ -57,7 +60,7 @@ class Node(torch.autograd.Function):
             for k,v in attrs.items(): setattr(o, k, v)
             o.g = g.clone() if is_compiling() else g # a compiler removes the clone, and can't ask for versions
         for t in ts: t.g = None # a compiler doesn't know of `Tensor.g`
-        me = stand_in(module, dict(zip(real, ts[n-len(real):])))
+        me = stand_in(module, dict(zip(real, ts[n-len(real):])), ctx.called)
         with torch.autocast(*ctx.autocast) if ctx.autocast else torch.autocast(ts[0].device.type, enabled=False): me.bwd(out, *args, **kwargs)
         if not is_compiling(): guards.upstream_as_it_was(type(module).__name__, upstream, versions)
         gs = []

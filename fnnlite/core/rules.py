@@ -73,7 +73,7 @@ class Rule:
         names = names+[self.rest]*(len(args)-len(names))
         return [*zip(names, args), *self.renamed(kwargs).items()]
 
-    is_layer = False
+    is_layer,is_known = False,False # known: its forward uses what it is given
     def param_names(self, call)->list:
         "The names of a layer's parameters; those of a function are arguments"
         return []

@@ -9,11 +9,10 @@ __all__ = ['Wrap']
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from ..core.calls import here
+from ..core.guards import only_its_own
 from ..core.module import Module
-from ..core.record import GradError, floats, is_param, maptree, wants
+from ..core.record import GradError, floats, maptree, wants
 
 # %% ../../nbs/ops/38_wraps.ipynb #a41f9bda
 def _leaves_of(outs):
@@ -26,20 +25,10 @@ def _leaves_of(outs):
         todo += [n for n,_ in node.next_functions]
     return [n.variable for n in seen if hasattr(n, 'variable')] + [o for o in outs if o.is_leaf and o.requires_grad]
 
-class _Watch(TorchFunctionMode):
-    "Raise when an operation meets a parameter, or a recorded tensor, that came by another door"
-    def __torch_function__(self, f, types, args=(), kwargs=None):
-        with torch._C.DisableTorchFunction():
-            for t in tree_leaves((args,kwargs)):
-                if isinstance(t, torch.Tensor) and wants(t) and (is_param(t) or here.record.has_gradient(t)): raise GradError(
-                    f"Wrap: what it wraps uses a tensor of shape {tuple(t.shape)} that is neither its input nor its parameter, and whose "
-                    "gradient would be lost: make it an argument, or mark it with const() if it wants no gradient")
-            return f(*args, **(kwargs or {}))
-
 def _vjp(f, *ts):
     "What `f(*ts)` returns, and the function that pulls gradients of its outputs back; GradError if it depends on others that require grad"
     leaves = [t.detach().requires_grad_() for t in ts]
-    with torch.enable_grad(), torch._C._EnableTorchFunction(), _Watch(): out = f(*leaves) # a record disables it in its calls
+    with torch.enable_grad(): out = only_its_own(f, 'Wrap', (), here.record.has_gradient)(*leaves)
     outs = floats(out)
     if any(all(t is not l for l in leaves) for t in _leaves_of(outs)):
         raise GradError("Wrap: it uses a tensor that requires grad and is neither its input nor its parameter: make it an argument")
