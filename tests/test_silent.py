@@ -260,8 +260,8 @@ def test_parameters_that_share_memory_as_nodes_and_when_checked():
 class Inside(Module):
     def __init__(self, f): self.lin,self.f = Lin64(4, 4),f
     def forward(self, x): return self.f(self.lin, x)
-refused = dict(grad=(lambda lin, x: torch.autograd.grad(lin(x).sum(), x, create_graph=True)[0], 'autograd.grad .*Wrap'),
-    backward=(lambda lin, x: lin(x).sum().backward(), 'backward .*Wrap'),
+refused = dict(grad=(lambda lin, x: torch.autograd.grad(lin(x).sum(), x, create_graph=True)[0], 'grad differentiates .*Wrap'),
+    backward=(lambda lin, x: lin(x).sum().backward(), 'backward differentiates .*Wrap'),
     reentrant=(lambda lin, x: checkpoint(lin, x, use_reentrant=True), 'use_reentrant=False'),
     deepcopy=(lambda lin, x: copy.deepcopy(lin(x)), 'deepcopy.*detach'))
 
@@ -309,4 +309,4 @@ def test_shapes_in_errors_of_a_bwd_between_nodes():
         def forward(self, inp): return inp@self.w
         def bwd(self, out, inp): self.w.g = inp@out.g
     with pytest.raises(RuntimeError) as e: L().as_nodes()(rand(5, 4)).sum().backward()
-    if hasattr(e.value, '__notes__'): assert e.value.__notes__==['in the rule of L: out.g (5, 3), inp (5, 4), w (4, 3)']
+    if hasattr(e.value, 'add_note'): assert e.value.__notes__==['in the rule of L: out.g (5, 3), inp (5, 4), w (4, 3)']

@@ -9,6 +9,7 @@ __all__ = ['kept_on', 'Call', 'Leaf', 'walk', 'undone_after_an_error', 'may_be_l
 # %% ../../nbs/core/10_backward.ipynb #69701050
 from collections import Counter
 from contextlib import contextmanager
+from weakref import ref
 import torch
 from . import guards
 from .record import floats, is_float, is_param, maptree, path, tensors
@@ -33,8 +34,14 @@ class Call:
         "From now on the numbers of `ts` must stay as they are, if the rule reads them"
         self.noted,self.versions = ts,[t._version for t in ts]
 
+    def made(self):
+        "The tensors that it made, as far as they are still there"
+        return self.outs if self.made_here is None else [o for r in self.made_here if (o := r()) is not None]
+
+    made_here = None
     def lighten(self):
         "Let go of the numbers that the rule doesn't read"
+        self.made_here = [ref(o) for o in self.outs]
         self.args,self.kwargs,self.out = self.rule.lightened(self.args, self.kwargs, self.out)
         self.outs = floats(self.out)
         self.notice(tensors((self.own,self.args,self.kwargs,self.out)))
@@ -167,10 +174,11 @@ def shares(
     seen = call.of(own, args, kwargs, maptree(came_out, call.out))
     seen.param_aliases = [a for a,t in wanted if is_param(t)] if before or after else ()
     if before:
-        before(seen)
+        with guards.replaces_only(seen, 'before', floats(seen.out)): before(seen)
         guards.can_replace(call, seen.out)
     run(seen)
-    if after: after(seen)
+    if after:
+        with guards.replaces_only(seen, 'after', [*floats(seen.out), *(a for a,_ in wanted)]): after(seen)
     gs = []
     for a,t in wanted:
         g = a.g

@@ -11,6 +11,7 @@ from inspect import signature
 import torch
 from torch import nn, Tensor
 from .boundary import recorded_call
+from .guards import apart_in_memory
 from .module import through_forward
 from .record import floats, is_float, maptree
 from .rules import name_of
@@ -130,6 +131,7 @@ def check_grads(
 ):
     """Compare every gradient of `module` with autograd's and with finite differences, in float64.
     AssertionError with the tensor's name where they part; where a rule isn't meant to be the gradient (`exact=False`), the angle is shown"""
+    if isinstance(module, nn.Module): apart_in_memory(list(module.parameters()))
     with torch.random.fork_rng():
         check = _Check(module, args)
         hand,auto,num = check.by_hand(),check.by_autograd(),check.by_differences(eps, most)

@@ -6,17 +6,18 @@
 __all__ = ['shape', 'can_see', 'not_in_a_function', 'stays_as_it_is', 'same_form', 'fresh', 'from_here', 'no_hook_inside',
            'still_there', 'no_hook', 'apart_in_memory', 'entered_once', 'no_global_hooks', 'only_statistics',
            'no_hooks', 'other_record', 'stays_inside', 'stays_in_graph', 'made_here', 'shows_each_once', 'unchanged',
-           'has_rule', 'can_start', 'can_reach', 'shown_as_it_was', 'in_words', 'as_it_was', 'can_replace',
-           'with_shapes', 'upstream_as_it_was', 'passes', 'all_or_nothing', 'fits', 'OnlyItsOwn', 'only_its_own',
-           'Watch']
+           'has_rule', 'can_start', 'comes_in_time', 'can_reach', 'shown_as_it_was', 'in_words', 'as_it_was',
+           'can_replace', 'replaces_only', 'with_shapes', 'note_shapes', 'upstream_as_it_was', 'passes',
+           'all_or_nothing', 'fits', 'OnlyItsOwn', 'only_its_own', 'Watch']
 
 # %% ../../nbs/core/09_guards.ipynb #e09ed16e
+from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from .record import GradError, floats, is_param, tensors
-from .rules import escapes, hooking
+from .rules import differentiating, escapes, hooking
 
 # %% ../../nbs/core/09_guards.ipynb #fafbfee0
 def shape(t): return f"a tensor of shape {tuple(t.shape)}"
@@ -24,6 +25,7 @@ def shape(t): return f"a tensor of shape {tuple(t.shape)}"
 def can_see(rec, f):
     "Refuse a call whose gradient isn't what `f` alone would have"
     if f in hooking: rec.fail(f, "adds a hook that only autograd would call: read .g, or use `before` and `after` of backward()")
+    if f in differentiating: rec.fail(f, "differentiates inside a forward: Wrap the function that does")
     if torch.is_inference_mode_enabled(): rec.fail(f, "is inside inference_mode(): use no_grad() in its place")
     not_in_a_function(rec, f)
     if torch._C._are_functorch_transforms_active():
@@ -32,7 +34,7 @@ def can_see(rec, f):
 def not_in_a_function(rec, f):
     "Refuse to switch grad mode where something unseen has switched it off"
     if not (torch.is_grad_enabled() or rec.no_grad): rec.fail(f, "is called inside the forward of a torch.autograd.Function, "
-        "which has a backward of its own: Wrap that Function")
+        "which has a backward of its own: Wrap that Function, and give checkpoint() use_reentrant=False")
 
 def stays_as_it_is(rec, f, t, requires_grad):
     "Refuse to say anew whether a parameter requires grad"
@@ -156,6 +158,12 @@ def can_start(rec, o, g):
         raise GradError(f"backward: got a gradient of {tuple(g.shape)} {g.dtype}, expected {tuple(o.shape)} {o.dtype}")
     return source
 
+def comes_in_time(rec):
+    "Refuse to give a gradient to what a call made that was walked by hand already: it would lack this one"
+    for leaf in rec.leaves.values():
+        if rec.walked_by is None and getattr(leaf.t, 'walked', False): raise GradError(f"backward: the call that made {shape(leaf.t)}, "
+            "an input, was walked back already, without this gradient: walk it back after all that use its output")
+
 def can_reach(starts, calls):
     "Refuse to start behind the `calls` that are walked"
     if calls.stop is not None and any(type(source) is tuple and source[0]>=calls.stop for source,_ in starts): raise GradError(
@@ -195,11 +203,22 @@ def can_replace(call, out):
         if g.shape!=o.shape or g.dtype!=o.dtype: raise GradError(f"{call}: `before` set an out.g of {tuple(g.shape)} {g.dtype}, "
             f"expected {tuple(o.shape)} {o.dtype}")
 
+@contextmanager
+def replaces_only(call, who, ts):
+    "Refuse `before` and `after` to change the `.g` of `ts` in place: other calls may share them"
+    versions = [(t.g,t.g._version) for t in ts if isinstance(t.g, Tensor)]
+    yield
+    for g,version in versions:
+        if g._version!=version: raise GradError(f"{call}: `{who}` changed a gradient in place, which others may share: assign a new one, t.g = 2*t.g")
+
 def with_shapes(e, call):
     "Note on the error `e` of a rule what the shapes are"
-    named = [('out.g', o.g) for o in floats(call.out)]+[*zip(call.rule.param_names(call), call.own)]
-    named += [(name,t) for name,v in call.rule.named(call.args, call.kwargs) for t in tensors(v)]
-    if hasattr(e, 'add_note'): e.add_note(f"in the rule of {call}: "+', '.join(f"{name} {tuple(t.shape)}" for name,t in named))
+    named = [(name,t) for name,v in call.rule.named(call.args, call.kwargs) for t in tensors(v)]
+    note_shapes(e, call, floats(call.out), [*zip(call.rule.param_names(call), call.own), *named])
+
+def note_shapes(e, who, outs, named):
+    named = [*(('out.g', o.g) for o in outs), *named]
+    if hasattr(e, 'add_note'): e.add_note(f"in the rule of {who}: "+', '.join(f"{name} {tuple(t.shape)}" for name,t in named))
 
 def upstream_as_it_was(call, gs, versions):
     "Refuse a rule that changed `out.g` in place, which others read too"

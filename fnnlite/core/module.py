@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 from fastcore.meta import PrePostInitMeta
 from .boundary import is_transformed, recorded_call, walked_by_hand, walks_alone
 from .calls import here
+from .guards import apart_in_memory
 from .nodes import as_node
 from .record import GradError, floats, held, is_param, path, tensors, wants
 from .stand_ins import Layer, stand_in_class
@@ -42,14 +43,16 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
     _lean,_nodes,_use,_record,_earlier = False,False,None,None,()
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        for name in {'bwd','backward'} & {*vars(cls)}: cls._well_named(name)
+        for name in {'__init__','bwd','backward'} & {*vars(cls)}: cls._well_named(name)
         stand_in_class(cls) # while nothing is being compiled
     @classmethod
     def _well_named(cls, name):
-        "Refuse `backward(self, out, inp)`, and `bwd(self, inp, out)`: TypeError"
-        args = list(signature(vars(cls)[name]).parameters)[1:] if callable(vars(cls)[name]) else []
+        "Refuse `__init__(s)`, `backward(self, out, inp)` and `bwd(self, inp, out)`: TypeError"
+        me,*args = list(signature(vars(cls)[name]).parameters) if callable(vars(cls)[name]) else ['self']
+        if name=='__init__' and me!='self': raise TypeError(f"{cls.__name__}: __init__ calls its first argument '{me}': call it self")
+        inps = list(signature(cls.forward).parameters)[1:]
         if name=='backward' and args[:1]==['out']: raise TypeError(f"{cls.__name__}: backward({', '.join(args)}) looks like a gradient rule: call it bwd")
-        if name=='bwd' and 'out' in args[1:]: raise TypeError(f"{cls.__name__}: bwd({', '.join(args)}), expected `out` first: bwd(self, out, ...)")
+        if name=='bwd' and ('out' in args[1:] or args[0] in inps[:1]): raise TypeError(f"{cls.__name__}: bwd({', '.join(args)}), expected `out` first: bwd(self, out, ...)")
 
     def __pre_init__(self, *args, **kwargs): super().__init__()
     def __post_init__(self, *args, **kwargs):
@@ -203,11 +206,12 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         outs = [o for o in floats(self._of_loss(use.out)) if rec.is_output(o)]
         if not outs: raise GradError(f"{type(self).__name__}: nothing in its last call wants a gradient")
         gs = self._upstream(outs, g, rec, use)
-        walks_alone(rec, 'hand')
-        rec.walk_back(rec.starts(outs, gs), use.calls, free=free or rec.lean, ready=ready, before=before, after=after)
+        with walks_alone(rec, 'hand'):
+            rec.walk_back(rec.starts(outs, gs), use.calls, free=free or rec.lean, ready=ready, before=before, after=after)
         use.walked = True
         walked_by_hand(rec)
         rec.show_outside()
+        for o in map(rec.shown, outs): o.walked = True # what uses it later comes too late
         use.left = [rec.shown(o).g for o in outs]
 
     def _of_loss(self, out): return out # what in it `backward` starts from
@@ -238,6 +242,7 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         on:bool=True, # or the whole call as one node?
     ):
         "Let each layer be a node of autograd's graph of its own (see `nodes`)"
+        if on: apart_in_memory(list(self.parameters()))
         for m in self.modules(): # each may be called anew, by a checkpoint
             if isinstance(m, Module): m._nodes = on
         return self

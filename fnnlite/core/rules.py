@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['spelled', 'kernels', 'registry', 'by_name', 'operators', 'blind', 'bodies', 'looks', 'cuts', 'escapes', 'wanting',
-           'asks', 'instead', 'hooking', 'modes', 'kinds', 'unbroadcast', 'fit', 'without_numbers', 'Rule', 'spellings',
-           'gradient_of', 'elementwise', 'base_name', 'rule_of', 'homes_of', 'name_of', 'body_of', 'members', 'getters',
-           'Kind']
+           'asks', 'instead', 'hooking', 'differentiating', 'modes', 'kinds', 'unbroadcast', 'fit', 'without_numbers',
+           'Rule', 'spellings', 'gradient_of', 'elementwise', 'base_name', 'rule_of', 'homes_of', 'name_of', 'body_of',
+           'members', 'getters', 'Kind']
 
 # %% ../../nbs/core/07_rules.ipynb #f2d4df1c
 import types
@@ -189,11 +189,12 @@ looks = (getters('''shape dtype device ndim is_cuda requires_grad grad_fn is_nes
         can_cast get_device'''))
 cuts = {Tensor.detach, torch.detach, Tensor.detach_, torch.detach_} | {v for o in (torch,Tensor) for v in members(o, '''zeros_like ones_like empty_like
     full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full new_tensor bernoulli''')}
-escapes = members(Tensor, 'numpy __array__ __dlpack__ storage untyped_storage _typed_storage set_') | {Tensor.data.__set__}
+escapes = members(Tensor, 'numpy __array__ __dlpack__ __deepcopy__ storage untyped_storage _typed_storage set_') | {Tensor.data.__set__}
 wanting = {Tensor.requires_grad_, Tensor.requires_grad.__set__}
 asks = Tensor.requires_grad.__get__ # True of what has a gradient
 instead = {Tensor.data.__get__: Tensor.detach} # which shares the count of changes in place, as `.data` doesn't
 hooking = members(Tensor, 'register_hook register_post_accumulate_grad_hook') # hooks that only autograd calls
+differentiating = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 modes = members(torch._C, '_set_grad_enabled')
 
 kinds = {} # by function; emptied when a rule is registered
@@ -205,6 +206,6 @@ class Kind:
         self.looks,self.special = f in looks,f in modes or f in wanting
         self.f = f = instead.get(f, f)
         self.rule,self.cuts,self.escapes = rule or rule_of(f),f in cuts,f in escapes
-        self.body = body_of(f) if self.rule is None and not self.cuts else None
+        self.body = body_of(f) if self.rule is None and not (self.cuts or self.escapes) else None
         self.in_place = not self.ours and (bool(base_name(f)) or f is Tensor.__setitem__)
         self.may_be_in_place = self.rule is not None and not self.ours and 'inplace' in self.rule.names
