@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from weakref import ref
 import torch
 from . import guards
-from .record import floats, is_float, is_param, maptree, path, tensors
-from .rules import name_of
+from .record import GradError, floats, is_float, is_param, maptree, path, tensors
+from .rules import NotSaved, name_of
 
 # %% ../../nbs/core/10_backward.ipynb #be00288a
 def kept_on(outs):
@@ -207,6 +207,7 @@ def run(call):
         if not torch._C._is_any_autocast_enabled() and call.autocast is None: call.rule.run(call)
         else:
             with call.autocast or torch.autocast(gs[0].device.type, enabled=False): call.rule.run(call)
+    except NotSaved as e: raise GradError(f"{call}: {e}") from e
     except Exception as e:
         guards.with_shapes(e, call)
         raise
