@@ -3,7 +3,8 @@
     python scripts/coverage.py          # every sample; some minutes
     python scripts/coverage.py add sum  # of these functions
 
-Float64, a random upstream gradient, 1e-9 of the largest, with torch's kernels and by the formulas alone. Prints what was
+Float64, a random upstream gradient, 1e-9 of the largest, with torch's kernels and by the formulas alone, and with what
+`saves` names alone. Prints what was
 right, what was refused (no rule, for most), what was skipped (complex numbers, or autograd itself has no gradient), and
 what was wrong, and exits with 1 if anything was.
 """
@@ -12,7 +13,7 @@ from collections import Counter
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 from fnnlite import GradError, recording
-from fnnlite.core.rules import kernels
+from fnnlite.core.rules import NotSaved, kernels
 
 def database():
     "torch's functions with their samples, by name"
@@ -32,8 +33,8 @@ def close(name, got, want):
     tol = tolerance*max(1., finite.max().item() if len(finite) else 1.)
     assert torch.allclose(got, want, rtol=1e-9, atol=tol, equal_nan=True), f"{name} is off by {(got-want).abs().nan_to_num().max():.2g}"
 
-def compare(f, args, kwargs)->str:
-    "'right', or why it wasn't compared; AssertionError if it's wrong"
+def compare(f, args, kwargs, lean=False)->str:
+    "'right', or why it wasn't compared; AssertionError if it's wrong, or, `lean`, if a rule reads more than its `saves` names"
     if any(t.layout!=torch.strided for t in floats((args,kwargs))): return 'skipped: sparse'
     a,k = copies((args,kwargs), True)
     torch.manual_seed(0)
@@ -48,11 +49,15 @@ def compare(f, args, kwargs)->str:
     a,k = copies((args,kwargs), False)
     torch.manual_seed(0)
     try:
-        with recording(audit=False) as rec: outs = floats(f(*a, **k))
+        rec = recording(audit=False)
+        rec.lean = lean
+        with rec: outs = floats(f(*a, **k))
         pairs = [(outs[i],g) for i,g in zip(live, ups) if rec.is_output(outs[i])]
         if any(outs[i] is t for i in live for t in floats((a,k))): return 'skipped: gives back its input'
         if pairs: rec.backward(*map(list, zip(*pairs)))
-    except (GradError,NotImplementedError) as e: return f"refused: {str(e).splitlines()[0].partition(': ')[0][:90]}"
+    except (GradError,NotImplementedError) as e:
+        assert not isinstance(e.__cause__, NotSaved), e
+        return f"refused: {str(e).splitlines()[0].partition(': ')[0][:90]}"
     for i,(o,r) in enumerate(zip(outs, ref)): close(f'output {i}', o, r.detach())
     for i,(t,w) in enumerate(zip(floats((a,k)), want)): close(f'gradient {i}', t.__dict__.get('g'), w)
     return 'right'
@@ -66,14 +71,14 @@ def samples(op, most=None):
             yield (s.input,*s.args),s.kwargs
 
 def check(op, most=None)->Counter:
-    "What became of the samples of `op`, with kernels and without"
+    "What became of the samples of `op`, with kernels and without, and with less kept"
     global tolerance
     tolerance = 1e-7 if op.name=='nn.functional.hardsigmoid' else 1e-9 # torch's own kernel has 1/6 in float32
     if not op.supports_autograd or torch.float64 not in op.dtypes: return Counter(['skipped: no gradient'])
     seen = Counter()
     for args,kwargs in samples(op, most):
-        for kernels.on in (True,False):
-            try: seen[compare(op.op, args, kwargs)] += 1
+        for kernels.on,lean in ((True,False),(True,True),(False,True)):
+            try: seen[compare(op.op, args, kwargs, lean)] += 1
             except Exception as e: seen[f"WRONG: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"] += 1
             finally: kernels.on = True
     return seen

@@ -629,3 +629,66 @@ def test_modules_in_another_order():
     m.parts._modules.move_to_end('a') if hasattr(m.parts._modules, 'move_to_end') else m.parts._modules.update(a=m.parts._modules.pop('a'))
     torch.testing.assert_close(step(x), m(x).detach())
     assert step.n_graphs==2
+
+# What a forward reads elsewhere, changed after the graph is there
+
+factor,table = 1.,{'k': 1.}
+def helper(x): return x*factor
+def in_closure():
+    k = 1.
+    class C(Module):
+        def forward(self, x): return x*k
+    def change():
+        nonlocal k
+        k = 3.
+    return C(),change
+class Plain(Module):
+    def __init__(self, f): self.f,self.cfg,self.list,self.array,self.box = f,{'k': 1.},[1.],np.ones(1),SimpleNamespace(k=1.)
+    def forward(self, x): return x*self.f(self)
+class Global(Module):
+    def forward(self, x): return x*factor
+class Table(Module):
+    def forward(self, x): return x*table['k']
+class Helped(Module):
+    def forward(self, x): return helper(x)
+def attribute(f, change):
+    m = Plain(f)
+    return m,lambda: change(m)
+elsewhere = dict(dict=lambda: attribute(lambda m: m.cfg['k'], lambda m: m.cfg.update(k=3.)), list=lambda: attribute(lambda m: len(m.list), lambda m: m.list.append(1)),
+    array=lambda: attribute(lambda m: float(m.array[0]), lambda m: m.array.fill(3.)), box=lambda: attribute(lambda m: m.box.k, lambda m: setattr(m.box, 'k', 3.)),
+    global_=lambda: (Global(), lambda: globals().update(factor=3.)), table=lambda: (Table(), lambda: table.update(k=3.)),
+    helper=lambda: (Helped(), lambda: globals().update(factor=3.)), closure=in_closure)
+
+@pytest.mark.parametrize('what', elsewhere)
+def test_what_forward_reads_elsewhere_is_seen(what, interpreted):
+    ends = []
+    for eager in (False,True):
+        globals().update(factor=1., table={'k': 1.})
+        torch.manual_seed(0)
+        part,change = elsewhere[what]()
+        model = Model([Lin64(6, 5), part, Lin64(5, 3)], CrossEntropy())
+        step = compile_step(model, SGD(model.parameters(), lr=.1))
+        for i in range(6):
+            if i==3: change()
+            (step.eager if eager else step)(*batch())
+        ends.append([p.detach() for p in model.parameters()])
+        if not eager: assert step.n_graphs==2 and not step.ordinary
+    torch.testing.assert_close(*ends, rtol=1e-10, atol=1e-12)
+
+def anew(opt): opt.state.update({p:{k:v.clone()*.5 for k,v in s.items()} for p,s in opt.state.items()})
+def other_group(opt): opt.param_groups[0] = dict(opt.param_groups[0], momentum=.5)
+
+@pytest.mark.parametrize('change', [anew,other_group])
+@pytest.mark.parametrize('when', [1,3])
+def test_memory_and_groups_replaced(change, when, interpreted):
+    ends = []
+    for eager in (False,True):
+        torch.manual_seed(0)
+        model = net(0.)
+        opt = Momentum(model.parameters(), lr=.1)
+        step = compile_step(model, opt)
+        for i in range(6):
+            if i==when: change(opt)
+            (step.eager if eager else step)(*batch())
+        ends.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*ends, rtol=1e-10, atol=1e-12)

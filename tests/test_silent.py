@@ -3,7 +3,7 @@ import collections, copy, dataclasses, types
 import numpy as np, pytest, torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from fnnlite import Add, CrossEntropy, GradError, Lin, Model, Module, Mse, Relu, Tanh, check_grads, gradient_of, recorded, recording
+from fnnlite import Add, GradError, Lin, Model, Module, Relu, Tanh, check_grads, gradient_of, recorded, recording
 from helpers import Lin64, close, rand, tight
 
 def ones(*shape): return torch.ones(*shape, dtype=torch.float64)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['spelled', 'kernels', 'registry', 'by_name', 'operators', 'blind', 'bodies', 'forms', 'looks', 'cuts', 'by_form',
            'formal', 'escapes', 'wanting', 'asks', 'instead', 'hooking', 'differentiating', 'modes', 'kinds',
-           'unbroadcast', 'fit', 'NotSaved', 'Unread', 'Rule', 'spellings', 'gradient_of', 'elementwise', 'base_name',
-           'rule_of', 'homes_of', 'name_of', 'body_of', 'members', 'getters', 'Kind']
+           'unbroadcast', 'fit', 'NotSaved', 'Unread', 'form_of', 'Rule', 'spellings', 'gradient_of', 'elementwise',
+           'base_name', 'rule_of', 'homes_of', 'name_of', 'body_of', 'members', 'getters', 'Kind']
 
 # %% ../../nbs/core/07_rules.ipynb #f2d4df1c
 import types
@@ -44,6 +44,10 @@ class Unread(Tensor):
     def of(cls, t):
         if is_param(t) or not t.is_floating_point(): return t
         return t.new_empty(()).expand(t.shape).as_subclass(cls)
+
+def form_of(t):
+    "`t`, where its shape, dtype and device are read alone"
+    return t.as_subclass(Tensor) if type(t) is Unread else t
 
 spelled = {'input':'inp', 'self':'inp', 'a':'inp', 'x':'inp', 'x1':'inp', 'x2':'other', 'target':'targ', 'axis':'dim',
     'keepdims':'keepdim'} # torch's and numpy's names of arguments, and ours

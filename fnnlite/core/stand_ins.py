@@ -35,13 +35,15 @@ class StandIn:
     def backward(self, *args, **kwargs): raise GradError(f"{type(self).__name__}: backward() inside a bwd: what a forward "
         "with a bwd of its own calls leaves no record; leave that bwd out, and the chain rule does it, or write it out")
 
-def as_it_is(v):
+def as_it_is(v,
+    numbers=True, # those in tensors too?
+):
     "What tells whether `v` is changed later"
     if type(v) in plain: return type(v),v
-    if isinstance(v, Tensor): return id(v),v._version,v
+    if isinstance(v, Tensor): return id(v),v._version if numbers else 0,v
     if isinstance(v, ndarray): return v.shape,v.tobytes()
-    if isinstance(v, dict): return {k:as_it_is(o) for k,o in v.items()}
-    if isinstance(v, (list,tuple)): return [*map(as_it_is, v)]
+    if isinstance(v, dict): return {k:as_it_is(o, numbers) for k,o in v.items()}
+    if isinstance(v, (list,tuple)): return [as_it_is(o, numbers) for o in v]
     return id(v),{k:o for k,o in getattr(v, '__dict__', {}).items() if type(o) in plain},v
 
 def as_called(module)->dict:

@@ -84,7 +84,7 @@ def masked_scatter_grad(out, inp, mask, source):
     if wants(inp): inp.g = fit(out.g.masked_fill(mask, 0), inp)
     if wants(source):
         g = out.g.masked_select(mask)
-        source.g = zeros_but(source.flatten(), lambda z: z[:len(g)], g).reshape(source.shape)
+        source.g = zeros_but(source.new_empty(source.numel()), lambda z: z[:len(g)], g).reshape(source.shape)
 
 # %% ../../nbs/ops/29_indexing.ipynb #9b26a7f7
 @gradient_of(torch.index_select, saves='index')

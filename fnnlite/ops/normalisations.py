@@ -12,7 +12,7 @@ __all__ = ['aten', 'full', 'normalised', 'normalised_grad', 'affine_grad', 'give
 import torch
 import torch.nn.functional as F
 from ..core.record import wants
-from ..core.rules import gradient_of, unbroadcast
+from ..core.rules import form_of, gradient_of, unbroadcast
 aten = torch.ops.aten
 
 # %% ../../nbs/ops/32_normalisations.ipynb #e7adf105
@@ -47,7 +47,7 @@ def layer_norm_forward(inp, normalized_shape, weight=None, bias=None, eps=1e-5,
 def layer_norm_kernel(out, inp, normalized_shape, weight=None, bias=None, eps=1e-5,
     cudnn_enable=True):
     grads = aten.native_layer_norm_backward(out.g, inp, normalized_shape, *out.mean_r,
-        weight, bias, [wants(t) for t in (inp, weight, bias)])
+        weight, form_of(bias), [wants(t) for t in (inp, weight, bias)])
     return given(grads, inp, weight, bias)
 
 @gradient_of(F.layer_norm, torch.layer_norm, saves='inp weight mean_r',

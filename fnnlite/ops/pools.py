@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _nn
-from ..core.rules import gradient_of
+from ..core.rules import form_of, gradient_of
 from .elementwise import flat
 aten = torch.ops.aten
 
@@ -112,7 +112,7 @@ def avg_pooling(f, n, backward):
     "Register the rule of `f`, which takes means over windows of `n` dimensions"
     def kernel(out, inp, kernel_size, stride=None, padding=0, ceil_mode=False,
         count_include_pad=True, divisor_override=None):
-        return backward(as_image(out.g, n), as_image(inp, n),
+        return backward(as_image(out.g, n), as_image(form_of(inp), n),
             *windows(n, kernel_size, stride, padding), ceil_mode, count_include_pad,
             divisor_override).reshape(inp.shape)
 
@@ -127,7 +127,7 @@ def avg_pooling(f, n, backward):
 def adaptive_avg_pooling(f, n, backward):
     "Register the rule of `f`, which takes means over windows that fit the output's size"
     def kernel(out, inp, output_size):
-        return backward(as_image(out.g, n), as_image(inp, n)).reshape(inp.shape)
+        return backward(as_image(out.g, n), as_image(form_of(inp), n)).reshape(inp.shape)
 
     @gradient_of(f, saves='', kernel=kernel)
     def adaptive_avg_pool_grad(out, inp, output_size):

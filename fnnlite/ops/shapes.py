@@ -191,7 +191,7 @@ def stack_grad(out, tensors, dim=0):
 @gradient_of(torch.hstack, saves='')
 def hstack_grad(out, tensors):
     dim = min(out.ndim-1, 1)
-    _pieces_grad(out, tensors, [torch.atleast_1d(t).shape[dim] for t in tensors], dim)
+    _pieces_grad(out, tensors, [t.shape[dim] if t.ndim else 1 for t in tensors], dim)
 
 @gradient_of(torch.vstack, torch.row_stack, saves='')
 def vstack_grad(out, tensors):
@@ -210,7 +210,7 @@ def column_stack_grad(out, tensors):
 def block_diag_grad(out, *tensors):
     row = col = 0
     for t in tensors:
-        n,m = torch.atleast_2d(t).shape
+        n,m = (1,1,*t.shape)[-2:]
         if wants(t): t.g = out.g[row:row+n, col:col+m].reshape(t.shape).to(t)
         row,col = row+n,col+m
 
