@@ -654,8 +654,10 @@ class Helped(Module):
 def attribute(f, change):
     m = Plain(f)
     return m,lambda: change(m)
-elsewhere = dict(dict=lambda: attribute(lambda m: m.cfg['k'], lambda m: m.cfg.update(k=3.)), list=lambda: attribute(lambda m: len(m.list), lambda m: m.list.append(1)),
-    array=lambda: attribute(lambda m: float(m.array[0]), lambda m: m.array.fill(3.)), box=lambda: attribute(lambda m: m.box.k, lambda m: setattr(m.box, 'k', 3.)),
+elsewhere = dict(dict=lambda: attribute(lambda m: m.cfg['k'], lambda m: m.cfg.update(k=3.)),
+    list=lambda: attribute(lambda m: len(m.list), lambda m: m.list.append(1)),
+    array=lambda: attribute(lambda m: float(m.array[0]), lambda m: m.array.fill(3.)),
+    box=lambda: attribute(lambda m: m.box.k, lambda m: setattr(m.box, 'k', 3.)),
     global_=lambda: (Global(), lambda: globals().update(factor=3.)), table=lambda: (Table(), lambda: table.update(k=3.)),
     helper=lambda: (Helped(), lambda: globals().update(factor=3.)), closure=in_closure)
 

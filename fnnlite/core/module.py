@@ -51,8 +51,9 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         me,*args = list(signature(vars(cls)[name]).parameters) if callable(vars(cls)[name]) else ['self']
         if name=='__init__' and me!='self': raise TypeError(f"{cls.__name__}: __init__ calls its first argument '{me}': call it self")
         inps = list(signature(cls.forward).parameters)[1:]
-        if name=='backward' and args[:1]==['out']: raise TypeError(f"{cls.__name__}: backward({', '.join(args)}) looks like a gradient rule: call it bwd")
-        if name=='bwd' and ('out' in args[1:] or args[0] in inps[:1]): raise TypeError(f"{cls.__name__}: bwd({', '.join(args)}), expected `out` first: bwd(self, out, ...)")
+        shown = f"{cls.__name__}: {name}({', '.join(args)})"
+        if name=='backward' and args[:1]==['out']: raise TypeError(f"{shown} looks like a gradient rule: call it bwd")
+        if name=='bwd' and ('out' in args[1:] or args[0] in inps[:1]): raise TypeError(f"{shown}, expected `out` first: bwd(self, out, ...)")
 
     def __pre_init__(self, *args, **kwargs): super().__init__()
     def __post_init__(self, *args, **kwargs):
