@@ -1,16 +1,16 @@
-"""Go through torch's own database of samples: is each function's gradient, in a recording, autograd's?
+"""Go through torch's own databases of samples: is each function's and each module's gradient, in a recording, autograd's?
 
     python scripts/coverage.py          # every sample; some minutes
-    python scripts/coverage.py add sum  # of these functions
+    python scripts/coverage.py add nn.GRU  # of these functions and modules
 
 Float64, a random upstream gradient, 1e-9 of the largest, with torch's kernels and by the formulas alone, and with what
-`saves` names alone. Prints what was
-right, what was refused (no rule, for most), what was skipped (complex numbers, or autograd itself has no gradient), and
-what was wrong, and exits with 1 if anything was.
+`saves` names alone. Prints what was right, what was refused (no rule, for most), what was skipped (complex numbers, or
+autograd itself has no gradient), and what was wrong, and exits with 1 if anything was.
 """
 import sys, warnings
 from collections import Counter
 import torch
+from torch.nn import UninitializedParameter
 from torch.utils._pytree import tree_leaves, tree_map
 from fnnlite import GradError, recording
 from fnnlite.core.rules import NotSaved, kernels
@@ -59,7 +59,9 @@ def compare(f, args, kwargs, lean=False)->str:
         assert not isinstance(e.__cause__, NotSaved), e
         return f"refused: {str(e).splitlines()[0].partition(': ')[0][:90]}"
     for i,(o,r) in enumerate(zip(outs, ref)): close(f'output {i}', o, r.detach())
-    for i,(t,w) in enumerate(zip(floats((a,k)), want)): close(f'gradient {i}', t.__dict__.get('g'), w)
+    got = [t.__dict__.get('g') for t in floats((a,k))]
+    if any(g is not None and g.isfinite().all() and w.isnan().any() for g,w in zip(got, want)): return 'skipped: autograd itself has nan'
+    for i,(g,w) in enumerate(zip(got, want)): close(f'gradient {i}', g, w)
     return 'right'
 
 def samples(op, most=None):
@@ -83,16 +85,36 @@ def check(op, most=None)->Counter:
             finally: kernels.on = True
     return seen
 
+def modules():
+    "torch's modules with their samples, by name"
+    from torch.testing._internal.common_modules import module_db
+    return {o.name:o for o in module_db}
+
+def check_module(info, most=None)->Counter:
+    "What became of the samples of a module, in training and in evaluation: its inputs' gradients and its parameters'"
+    seen = Counter()
+    for training in (True,False):
+        for s in info.module_inputs_func(info, 'cpu', torch.float64, False, training)[:most]:
+            torch.manual_seed(0)
+            made,given = s.constructor_input,s.forward_input
+            if made is None or given is None: continue
+            m = info.module_cls(*made.args, **made.kwargs).double().train(training)
+            def f(params, *args, **kwargs): return torch.func.functional_call(m, params, args, kwargs)
+            params = {n:p.detach() for n,p in m.named_parameters() if not isinstance(p, UninitializedParameter)}
+            try: seen[compare(f, (params,*given.args), given.kwargs)] += 1
+            except Exception as e: seen[f"WRONG: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"] += 1
+    return seen
+
 def main(names):
     torch.set_num_threads(1)
-    all_ops,total,right = database(),Counter(),set()
-    for name in names or all_ops:
-        seen = check(all_ops[name])
+    every,total,right = {**database(), **modules()},Counter(),set()
+    for name in names or every:
+        seen = (check if name in database() else check_module)(every[name])
         for what,n in seen.items():
             total[what.partition(':')[0]] += n
             if not what.startswith(('right','skipped')): print(f"{name}: {n} × {what}", flush=True)
         if seen['right'] and not any(w.startswith('WRONG') for w in seen): right.add(name)
-    print(f"{len(right)} functions right; samples: {dict(total)}")
+    print(f"{len(right)} functions and modules right; samples: {dict(total)}")
     return 1 if total['WRONG'] else 0
 
 if __name__=='__main__': sys.exit(main(sys.argv[1:]))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.nn._reduction import legacy_get_string
 from ..core.record import wants
 from ..core.rules import fit, gradient_of, unbroadcast
+from .elementwise import flat
 
 # %% ../../nbs/ops/37_torch_losses.ipynb #b1a0c618
 def reduced_by(reduction='mean', size_average=None, reduce=None):
@@ -168,7 +169,8 @@ def hinge_embedding_loss_grad(out, inp, targ, margin=1.,
     near,far = targ!=-1,(targ!=1)&(inp<=margin) # what is not far away is to be small
     n = near.logical_or(far).numel()
     g = upstream(out, n, reduction, size_average, reduce)
-    inp.g = fit(g*(near.to(inp.dtype)-far.to(inp.dtype)), inp)
+    assign(inp, g*(near.to(inp.dtype)-far.to(inp.dtype)))
+    flat(targ)
 
 @gradient_of(F.margin_ranking_loss, saves='input1 input2 targ')
 def margin_ranking_loss_grad(out, input1, input2, targ, margin=0,
@@ -182,8 +184,10 @@ def margin_ranking_loss_grad(out, input1, input2, targ, margin=0,
 
 @gradient_of(F.soft_margin_loss, saves='inp targ')
 def soft_margin_loss_grad(out, inp, targ, size_average=None, reduce=None, reduction='mean'):
-    each = -targ*(-targ*inp).sigmoid() # of log(1+exp(-targ*inp))
-    inp.g = fit(upstream(out, each.numel(), reduction, size_average, reduce)*each, inp)
+    each = -(-targ*inp).sigmoid() # of log(1+exp(-targ*inp)), by targ*inp
+    g = upstream(out, each.numel(), reduction, size_average, reduce)*each
+    assign(inp, g*targ)
+    assign(targ, g*inp)
 
 @gradient_of(F.multi_margin_loss, saves='inp targ weight')
 def multi_margin_loss_grad(out, inp, targ, p=1, margin=1., weight=None,
@@ -265,3 +269,4 @@ def cosine_embedding_loss_grad(out, input1, input2, targ, margin=0, size_average
     g = (g.unsqueeze(-1) if g.ndim else g)*each
     assign(input1, g*(input2/(s1*s2).sqrt()-cos*input1/s1))
     assign(input2, g*(input1/(s1*s2).sqrt()-cos*input2/s2))
+    flat(targ)
