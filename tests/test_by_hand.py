@@ -414,3 +414,13 @@ def test_an_output_that_shows_its_input_changed_outside():
     out = Reshape(-1)(h)
     h.mul_(2)
     with pytest.raises(GradError, match='shows numbers of what came in, was changed'): out.sum().backward()
+
+def test_ready_comes_once_for_a_parameter_used_twice():
+    class Twice(Module):
+        def __init__(self): self.lin = Lin64(4, 4)
+        def forward(self, x): return self.lin(self.lin(x).tanh())
+    m,seen = Twice(),[]
+    m(rand(5, 4))
+    m.backward(rand(5, 4), ready=lambda p: seen.append((p, p.g.clone())))
+    assert {id(p) for p,_ in seen}=={id(p) for p in m.parameters()} and len(seen)==2
+    for p,g in seen: close(g, p.g, **tight)
