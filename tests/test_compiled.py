@@ -694,3 +694,11 @@ def test_memory_and_groups_replaced(change, when, interpreted):
             (step.eager if eager else step)(*batch())
         ends.append([p.detach() for p in model.parameters()])
     torch.testing.assert_close(*ends, rtol=1e-10, atol=1e-12)
+
+def test_what_the_first_call_sets_up(interpreted):
+    class SetsUp(Module):
+        def __init__(self): self.cfg = SimpleNamespace(kind=None)
+        def forward(self, x):
+            if self.cfg.kind is None: self.cfg.kind = 'double'
+            return x*2
+    same(make=lambda: Model([Lin64(6, 5), SetsUp(), Lin64(5, 3)], CrossEntropy()))

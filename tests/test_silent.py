@@ -227,6 +227,17 @@ def test_penalties_on_gradients_between_nodes():
     with pytest.raises(GradError, match='create_graph'): torch.autograd.grad(m(x).sum(), x, create_graph=True)
 
 
+@pytest.mark.parametrize('of', [lambda x: x, lambda x: x*3], ids=['input','output'])
+def test_changed_by_an_operator_that_the_record_cannot_see(of):
+    class Net(Module):
+        def forward(self, x):
+            h = of(x)
+            y = h*2
+            torch.ops.aten.mul_.Scalar(h, 2)
+            return (y+h*3).sum()
+    with pytest.raises(GradError, match='changed in place after the record met it'): Net()(rand(3))
+
+
 # Gradients changed in place by `before` and `after`
 
 @pytest.mark.parametrize('which', ['before','after'])

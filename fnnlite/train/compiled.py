@@ -217,7 +217,7 @@ class CompiledStep:
             if lo.item()<0 or hi.item()>=n: return False
         return True
 
-    def _first(self, args, vary=True):
+    def _first(self, args, vary=True, once_more=True):
         "The ordinary step is written down, undone and compiled, and the graph runs"
         self.opt.place_numbers() # where the model is now
         if self.seen is not None: self.varying |= self.seen.changed(self.opt)
@@ -236,9 +236,12 @@ class CompiledStep:
             loss = self.eager(*args) # if the step is at fault, it says so here
             return self._no_graph(e, loss)
         self.model.free()
-        if not seen.holds(): return self._no_graph("forward changes attributes of its modules", loss)
         ts = [*seen.tensors, *args, *more]
         undone = not changed_by(gm, n+len(args)) # else the step changed what nobody knew of
+        if not seen.holds():
+            if not (once_more and undone): return self._no_graph("forward changes attributes of its modules", loss)
+            before.put_back()
+            return self._first(args, vary, once_more=False) # a first call may set something up
         if not undone: before = Before([*seen.tensors, *args], seen.generators)
         try:
             self.run = self._runner(gm, ts)
