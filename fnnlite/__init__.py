@@ -15,10 +15,14 @@ from .ops.elementwise import Add, Log, Mul
 from .ops.activations import LogSoftmax, Relu, Sigmoid, Softmax, Tanh
 from .ops.shapes import Concat, Flatten, Reshape
 from .ops.dropouts import Dropout
+from .ops.embeddings import Embedding
+from .ops.normalisations import BatchNorm, LayerNorm
 from .ops.convolutions import Conv2d
+from .ops.attentions import Attention
+from .ops.recurrences import LSTM
 from .ops.losses import BCEWithLogits, CrossEntropy, Mse, NLL
 from .ops.wraps import Wrap
-from .ops import alignments, attentions, embeddings, indexing, normalisations, pools, recurrences, reductions, torch_losses # the rest of the rules
+from .ops import alignments, indexing, pools, reductions, torch_losses # the rest of the rules
 from .nets.containers import Model, Sequential
 from .train.optimizers import SGD, Adam, AdamW, RMSprop
 
@@ -26,7 +30,8 @@ from .train.optimizers import SGD, Adam, AdamW, RMSprop
 _when_used = {'DataLoaders':'data.digits', 'load_mnist':'data.digits', 'Learner':'train.learners', 'accuracy':'train.learners',
     'save_weights':'train.checkpoints', 'load_weights':'train.checkpoints', 'Distributed':'train.distributed', 'compile_step':'train.compiled'}
 
-__all__ = ['GradError', 'const', 'wants', 'Module', 'Add', 'Concat', 'Conv2d', 'Dropout', 'Flatten', 'Lin', 'Log', 'LogSoftmax', 'Matmul', 'Mul', 'Relu', 'Reshape',
+__all__ = ['GradError', 'const', 'wants', 'Module', 'Add', 'Attention', 'BatchNorm', 'Concat', 'Conv2d', 'Dropout', 'Embedding', 'Flatten', 'LayerNorm', 'Lin', 'Log', 'LSTM',
+    'LogSoftmax', 'Matmul', 'Mul', 'Relu', 'Reshape',
     'Sigmoid', 'Softmax', 'Tanh', 'BCEWithLogits', 'CrossEntropy', 'Mse', 'NLL', 'Model', 'Sequential', 'Wrap', 'SGD', 'Adam', 'AdamW',
     'RMSprop', 'check_grads', 'test_near', 'gradient_of', 'recorded', 'recording', *_when_used]
 

@@ -3,8 +3,8 @@ tested by going through this list. A new class needs a line here."""
 from typing import Callable, NamedTuple
 import torch
 from torch import nn
-from fnnlite import (Add, BCEWithLogits, Concat, Conv2d, CrossEntropy, Dropout, Flatten, Lin, Log, LogSoftmax, Matmul,
-    Module, Mse, Mul, NLL, Relu, Reshape, Sigmoid, Softmax, Tanh, Wrap)
+from fnnlite import (Add, Attention, BatchNorm, BCEWithLogits, Concat, Conv2d, CrossEntropy, Dropout, Embedding, Flatten, LayerNorm, Lin,
+    Log, LogSoftmax, LSTM, Matmul, Module, Mse, Mul, NLL, Relu, Reshape, Sigmoid, Softmax, Tanh, Wrap)
 from fnnlite.ops.losses import Loss
 from helpers import Lin64, rand
 
@@ -34,6 +34,12 @@ cases = [
     Case(lambda: Reshape(2, -1), lambda: [rand(4, 3)]),
     Case(lambda: Reshape(12), lambda: [rand(3, 4).t()]),
     Case(lambda: Conv2d(2, 3, dtype=torch.float64), lambda: [rand(2, 2, 5, 5)]),
+    Case(lambda: LayerNorm(4, dtype=torch.float64), lambda: [rand(2, 3, 4)]),
+    Case(lambda: BatchNorm(3, dtype=torch.float64), lambda: [rand(4, 3, 2)]),
+    Case(lambda: BatchNorm(3, dtype=torch.float64).eval(), lambda: [rand(4, 3)]),
+    Case(lambda: Attention(4, 2, causal=True, dtype=torch.float64), lambda: [rand(2, 3, 4)]),
+    Case(lambda: LSTM(3, 2, dtype=torch.float64), lambda: [rand(2, 4, 3)]),
+    Case(lambda: Embedding(4, 3, dtype=torch.float64), lambda: [classes(2, 5, c=4)]),
     Case(Flatten, lambda: [rand(4, 3, 2)]),
     Case(lambda: Dropout(.4), lambda: [rand(6, 4)]),
     Case(lambda: Dropout().eval(), lambda: [rand(3, 2)]),

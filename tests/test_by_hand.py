@@ -424,3 +424,19 @@ def test_ready_comes_once_for_a_parameter_used_twice():
     m.backward(rand(5, 4), ready=lambda p: seen.append((p, p.g.clone())))
     assert {id(p) for p,_ in seen}=={id(p) for p in m.parameters()} and len(seen)==2
     for p,g in seen: close(g, p.g, **tight)
+
+@pytest.mark.parametrize('nodes', [False,True])
+def test_an_output_that_a_layer_calls_constant(nodes):
+    class Split(Module):
+        def forward(self, x): return x*2,const(x*3)
+        def bwd(self, out, x): x.g = out[0].g*2
+    class Net(Module):
+        def __init__(self): self.split = Split()
+        def forward(self, x):
+            a,b = self.split(x)
+            self.b = b
+            return (a*b).sum()
+    m,x = Net().as_nodes(nodes),rand(3).requires_grad_()
+    m(x).backward()
+    close(x.grad, 6*x.detach(), **tight)
+    assert m.b.g is None

@@ -47,7 +47,8 @@ class Side(Module):
     def __init__(self): self.nets,self.flat,self.cat = [InNet(c) for c in one_each],Reshape(-1),Concat()
     def forward(self, *inps):
         inps = iter(inps)
-        return self.cat(*[self.flat(net(*[next(inps) for _ in range(net.n)])) for net in self.nets])
+        outs = [net(*[next(inps) for _ in range(net.n)]) for net in self.nets]
+        return self.cat(*[self.flat(t) for o in outs for t in (o if isinstance(o, tuple) else (o,))])
 def for_side(): return [t for c in one_each for t in c.inps()]
 
 def test_layers():

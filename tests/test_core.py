@@ -5,6 +5,7 @@ import pytest, torch
 from torch import nn
 from fnnlite import Module, Add, Concat, Dropout, Flatten, Lin, Matmul, Mul, Relu, Reshape
 from fnnlite import Sigmoid, Softmax, Tanh, CrossEntropy, Mse, Model, Sequential, Wrap, GradError, const
+from fnnlite.core.record import floats
 from fnnlite.functional import lin_grad, softmax_grad
 from cases import InNet, cases, name
 from helpers import GivenBwd, Id, Lin64, Table, assert_grads, by_autograd, each_fault, no_input, rand, right
@@ -667,12 +668,13 @@ def test_numbers_changed_after_the_call(case, lean):
         seed = torch.initial_seed()
         torch.manual_seed(seed)
         out = m(*inps)
-        g = torch.randn_like(out)
+        outs = floats(out)
+        gs = [torch.randn_like(o) for o in outs]
         torch.manual_seed(seed)
-        auto = by_autograd(m, *inps, g=[g])
-        changed = [*inps, *ps, out][i]
+        auto = by_autograd(m, *inps, g=gs)
+        changed = [*inps, *ps, outs[0]][i]
         with torch.no_grad(): changed.copy_(changed.flip(0)+0)
-        try: out.backward(g)
+        try: torch.autograd.backward(outs, gs)
         except RuntimeError as e:
             assert 'was changed in place after the call' in str(e) or type(m) is Wrap and 'inplace operation' in str(e) # torch's word
             refused += 1
@@ -779,9 +781,9 @@ def lean_as_ever(net, *inps):
     def grads(on):
         net.retain(on)
         torch.manual_seed(3)
-        out = net(*inps)
-        net.backward(torch.randn_like(out))
-        res = [out.clone(), *(t.g.clone() for t in (*inps, *net.parameters()) if t.is_floating_point())]
+        outs = floats(net(*inps))
+        net.backward([torch.randn_like(o) for o in outs])
+        res = [*(o.clone() for o in outs), *(t.g.clone() for t in (*inps, *net.parameters()) if t.is_floating_point())]
         net.zero_grad()
         return res
     for on in (False,True,False): assert all(map(torch.equal, grads(on), grads(True)))

@@ -6,7 +6,7 @@
 __all__ = ['spelled', 'kernels', 'registry', 'by_name', 'operators', 'blind', 'bodies', 'forms', 'looks', 'cuts', 'by_form',
            'formal', 'escapes', 'wanting', 'asks', 'instead', 'hooking', 'differentiating', 'modes', 'kinds',
            'unbroadcast', 'fit', 'NotSaved', 'Unread', 'form_of', 'Rule', 'spellings', 'gradient_of', 'elementwise',
-           'base_name', 'rule_of', 'homes_of', 'name_of', 'body_of', 'members', 'getters', 'Kind']
+           'base_name', 'rule_of', 'by_rule', 'homes_of', 'name_of', 'body_of', 'members', 'getters', 'Kind']
 
 # %% ../../nbs/core/07_rules.ipynb #f2d4df1c
 import types
@@ -106,12 +106,13 @@ class Rule:
         "Was `inplace=True` given?"
         return 'inplace' in self.names and any(k=='inplace' and v for k,v in self.named(args, kwargs))
 
-    def run(self, call):
-        "Assign the gradients of `call`'s arguments: by torch's kernel, or by the rule"
-        kwargs = self.renamed(call.kwargs)
-        gs = self.kernel(call.out, *call.args, **kwargs) if kernels.on and self.kernel else None
-        if gs is None: return self.grad(call.out, *call.args, **kwargs)
-        named = sorted(self.named(call.args, call.kwargs), key=lambda o: self.names.index(o[0]))
+    def run(self, call): self.assign(call.out, call.args, call.kwargs)
+    def assign(self, out, args, kwargs):
+        "Assign the gradients of the arguments: by torch's kernel, or by the rule"
+        renamed = self.renamed(kwargs)
+        gs = self.kernel(out, *args, **renamed) if kernels.on and self.kernel else None
+        if gs is None: return self.grad(out, *args, **renamed)
+        named = sorted(self.named(args, kwargs), key=lambda o: self.names.index(o[0]))
         ts = [v for _,v in named if isinstance(v, Tensor)]
         for t,g in zip(ts, gs if isinstance(gs, tuple) else (gs,)): t.g = g
 
@@ -170,6 +171,10 @@ def rule_of(f)->Rule|None:
     found = getattr(f, 'rule', None) or registry.get(f)
     if found is not None or not (base := base_name(f)): return found
     return next((registry[g] for home in homes_of(f) if (g := getattr(home, base, None)) in registry), None)
+
+def by_rule(f, out, *args, **kwargs):
+    "Assign the `.g` of the arguments of `f`, which gave `out`, by its rule or its kernel: a `bwd` in one line"
+    rule_of(f).assign(out, args, kwargs)
 
 def homes_of(f): return sorted((torch,Tensor,F), key=lambda home: getattr(home, getattr(f, '__name__', ''), None) is not f)
 

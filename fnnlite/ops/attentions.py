@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['aten', 'additive_mask', 'attention_weights', 'repeated', 'summed_heads', 'full', 'attention_grad',
-           'attention_forward', 'attention_kernel']
+           'attention_forward', 'attention_kernel', 'Attention']
 
 # %% ../../nbs/ops/34_attentions.ipynb #9317e84e
 import math
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
+from ..core.checks import check_inp
+from ..core.module import Module
 from ..core.record import wants
 from ..core.rules import gradient_of, unbroadcast
+from .linears import Lin
 aten = torch.ops.aten
 
 # %% ../../nbs/ops/34_attentions.ipynb #5d3b257f
@@ -83,3 +86,31 @@ def attention_kernel(out, query, key, value, attn_mask=None, dropout_p=0., is_ca
 
 gradient_of(F.scaled_dot_product_attention, saves='out query key value attn_mask weights log_sums',
     forward=attention_forward, kernel=attention_kernel)(attention_grad)
+
+# %% ../../nbs/ops/34_attentions.ipynb #70c12a75
+class Attention(Module):
+    "Multi-head self-attention: (n,T,nf) to (n,T,nf). Vaswani et al. 2017, 3.2"
+    def __init__(self,
+        nf:int, # numbers of an item
+        n_heads:int, # each with nf/n_heads of them
+        causal:bool=False, # does an item see only those before it, and itself?
+        dropout:float=0., # of the weights of attention, in training
+        bias:bool=True, # of the linear layers
+        device=None, # where to make them; default: `torch.get_default_device()`
+        dtype=None, # default: `torch.get_default_dtype()`
+    ):
+        if nf%n_heads: raise ValueError(f"Attention: nf is {nf}, expected a multiple of n_heads, {n_heads}")
+        how = dict(bias=bias, nonlinearity='linear', device=device, dtype=dtype)
+        self.qkv,self.proj = Lin(nf, 3*nf, **how),Lin(nf, nf, **how)
+        self.n_heads,self.causal,self.dropout = n_heads,causal,dropout
+
+    def forward(self, inp):
+        nf = self.proj.w.shape[0]
+        if check_inp(self, inp, self.proj.w).ndim!=3 or inp.shape[-1]!=nf:
+            raise ValueError(f"{type(self).__name__}: inp has shape {tuple(inp.shape)}, expected (n,T,{nf})")
+        def heads(t): return t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) # (n,heads,T,nf/heads)
+        q,k,v = map(heads, self.qkv(inp).chunk(3, -1))
+        p = self.dropout if self.training else 0.
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=self.causal)
+        return self.proj(out.transpose(1, 2).flatten(2))
+    def extra_repr(self): return f"n_heads={self.n_heads}, causal={self.causal}, dropout={self.dropout}"

@@ -6,7 +6,8 @@
 __all__ = ['is_view', 'came_from', 'getitem_grad', 'setitem_grad', 'index_put_grad', 'copy_grad', 'fill_grad', 'overwritten_grad',
            'masked_fill_grad', 'masked_select_grad', 'masked_scatter_grad', 'index_select_grad', 'index_add_grad',
            'index_copy_grad', 'index_fill_grad', 'take_grad', 'put_grad', 'gather_grad', 'take_along_dim_grad',
-           'corner', 'scatter_grad', 'scatter_add_grad', 'scatter_reduce_grad', 'index_reduce_grad']
+           'corner', 'scatter_grad', 'scatter_add_grad', 'scatter_reduce_grad', 'index_reduce_grad', 'pack_grad',
+           'pad_grad', 'pad_sequence_grad']
 
 # %% ../../nbs/ops/29_indexing.ipynb #71a0a04b
 import torch
@@ -179,3 +180,18 @@ def index_reduce_grad(out, inp, dim, index, source, reduce, *, include_self=True
     shape = [-1 if d==dim%source.ndim else 1 for d in range(source.ndim)]
     index = index.reshape(shape).expand_as(source)
     scatter_reduce_grad(out, inp, dim, index, source, reduce, include_self=include_self)
+
+# %% ../../nbs/ops/29_indexing.ipynb #f8310546
+@gradient_of(torch._pack_padded_sequence, saves='')
+def pack_grad(out, inp, lengths, batch_first):
+    g,sizes = out[0].g,out[1]
+    inp.g = torch._pad_packed_sequence(g, sizes, batch_first, 0., inp.shape[int(batch_first)])[0]
+
+@gradient_of(torch._pad_packed_sequence, saves='')
+def pad_grad(out, data, batch_sizes, batch_first, padding_value, total_length):
+    data.g = torch._pack_padded_sequence(out[0].g, out[1], batch_first)[0]
+
+@gradient_of(torch._C._nn.pad_sequence, saves='')
+def pad_sequence_grad(out, sequences, batch_first=False, padding_value=0., padding_side='right'):
+    for t,g in zip(sequences, out.g.unbind(0 if batch_first else 1)):
+        if wants(t): t.g = g[:len(t)] if padding_side=='right' else g[len(g)-len(t):]

@@ -6,13 +6,16 @@
 __all__ = ['aten', 'full', 'normalised', 'normalised_grad', 'affine_grad', 'given', 'layer_norm_forward', 'layer_norm_kernel',
            'layer_norm_grad', 'rms_norm_grad', 'by_channel', 'channel_norm_grad', 'group_norm_forward',
            'group_norm_kernel', 'group_norm_grad', 'running_norm_grad', 'batch_norm_forward', 'batch_norm_kernel',
-           'batch_norm_grad', 'instance_norm_grad']
+           'batch_norm_grad', 'instance_norm_grad', 'LayerNorm', 'BatchNorm']
 
 # %% ../../nbs/ops/32_normalisations.ipynb #91fdc334
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling
+from ..core.checks import check_inp
+from ..core.module import Module
 from ..core.record import wants
-from ..core.rules import form_of, gradient_of, unbroadcast
+from ..core.rules import by_rule, form_of, gradient_of, unbroadcast
 aten = torch.ops.aten
 
 # %% ../../nbs/ops/32_normalisations.ipynb #e7adf105
@@ -40,17 +43,19 @@ def given(grads, *args):
 
 def layer_norm_forward(inp, normalized_shape, weight=None, bias=None, eps=1e-5,
     cudnn_enable=True):
+    if is_compiling(): return F.layer_norm(inp, normalized_shape, weight, bias, eps)
     out,mean,r = torch.native_layer_norm(inp, normalized_shape, weight, bias, eps)
-    out.mean_r = mean,r
+    out.means,out.rs = mean,r
     return out
 
 def layer_norm_kernel(out, inp, normalized_shape, weight=None, bias=None, eps=1e-5,
     cudnn_enable=True):
-    grads = aten.native_layer_norm_backward(out.g, inp, normalized_shape, *out.mean_r,
+    if not hasattr(out, 'rs'): return None
+    grads = aten.native_layer_norm_backward(out.g, inp, normalized_shape, out.means, out.rs,
         weight, form_of(bias), [wants(t) for t in (inp, weight, bias)])
     return given(grads, inp, weight, bias)
 
-@gradient_of(F.layer_norm, torch.layer_norm, saves='inp weight mean_r',
+@gradient_of(F.layer_norm, torch.layer_norm, saves='inp weight means rs',
     forward=layer_norm_forward, kernel=layer_norm_kernel)
 def layer_norm_grad(out, inp, normalized_shape, weight=None, bias=None, eps=1e-5,
     cudnn_enable=True):
@@ -85,17 +90,17 @@ def group_norm_forward(inp, num_groups, weight=None, bias=None, eps=1e-5,
     cudnn_enabled=True):
     sizes = *inp.shape[:2],inp.shape[2:].numel(),num_groups
     out,mean,r = torch.native_group_norm(inp.contiguous(), weight, bias, *sizes, eps)
-    out.mean_r = mean,r
+    out.means,out.rs = mean,r
     return out
 
 def group_norm_kernel(out, inp, num_groups, weight=None, bias=None, eps=1e-5,
     cudnn_enabled=True):
     sizes = *inp.shape[:2],inp.shape[2:].numel(),num_groups
-    grads = aten.native_group_norm_backward(out.g.contiguous(), inp.contiguous(), *out.mean_r,
+    grads = aten.native_group_norm_backward(out.g.contiguous(), inp.contiguous(), out.means, out.rs,
         weight, *sizes, [wants(t) for t in (inp, weight, bias)])
     return given(grads, inp, weight, bias)
 
-@gradient_of(F.group_norm, torch.group_norm, saves='inp weight mean_r',
+@gradient_of(F.group_norm, torch.group_norm, saves='inp weight means rs',
     forward=group_norm_forward, kernel=group_norm_kernel)
 def group_norm_grad(out, inp, num_groups, weight=None, bias=None, eps=1e-5,
     cudnn_enabled=True):
@@ -111,22 +116,22 @@ def running_norm_grad(out, inp, mean, var, weight, bias, eps):
 
 def batch_norm_forward(inp, running_mean, running_var, weight=None, bias=None, training=False,
     momentum=.1, eps=1e-5):
-    if not inp.is_cpu or not inp.numel(): # elsewhere torch may choose another routine
+    if not inp.is_cpu or not inp.numel() or is_compiling(): # where torch may choose another routine
         return F.batch_norm(inp, running_mean, running_var, weight, bias, training, momentum, eps)
     if training: F._verify_batch_size(inp.shape)
     out,mean,r = torch.native_batch_norm(inp, weight, bias, running_mean, running_var,
         training, momentum, eps)
-    out.mean_r = mean,r
+    out.means,out.rs = mean,r
     return out
 
 def batch_norm_kernel(out, inp, running_mean, running_var, weight=None, bias=None, training=False,
     momentum=.1, eps=1e-5):
-    if not hasattr(out, 'mean_r'): return None
+    if not hasattr(out, 'rs'): return None
     grads = aten.native_batch_norm_backward(out.g, inp, weight, running_mean, running_var,
-        *out.mean_r, training, eps, [wants(t) for t in (inp, weight, bias)])
+        out.means, out.rs, training, eps, [wants(t) for t in (inp, weight, bias)])
     return given((grads[0],None,None,*grads[1:]), inp, running_mean, running_var, weight, bias)
 
-@gradient_of(F.batch_norm, saves='inp running_mean running_var weight mean_r',
+@gradient_of(F.batch_norm, saves='inp running_mean running_var weight means rs',
     forward=batch_norm_forward, kernel=batch_norm_kernel)
 def batch_norm_grad(out, inp, running_mean, running_var, weight=None, bias=None, training=False,
     momentum=.1, eps=1e-5):
@@ -141,3 +146,56 @@ def instance_norm_grad(out, inp, running_mean=None, running_var=None, weight=Non
     use_input_stats=True, momentum=.1, eps=1e-5):
     if use_input_stats: group_norm_grad(out, inp, inp.shape[1], weight, bias, eps)
     else: running_norm_grad(out, inp, running_mean, running_var, weight, bias, eps)
+
+# %% ../../nbs/ops/32_normalisations.ipynb #7dc8c5f5
+class LayerNorm(Module):
+    "Each item to mean 0 and variance 1 over its last dimensions, times `w`, plus `b`: any shape"
+    def __init__(self,
+        shape:int|tuple, # of the last dimensions; an int for one
+        eps:float=1e-5, # added to the variance
+        bias:bool=True, # add `b`?
+        device=None, # where to make them; default: `torch.get_default_device()`
+        dtype=None, # default: `torch.get_default_dtype()`
+    ):
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.w = torch.ones(shape, device=device, dtype=dtype)
+        self.b = torch.zeros(shape, device=device, dtype=dtype) if bias else None
+        self.eps = eps
+
+    def forward(self, inp):
+        shape = self.w.shape
+        if check_inp(self, inp, self.w).shape[-len(shape):]!=shape: raise ValueError(f"{self}: inp has "
+            f"shape {tuple(inp.shape)}, expected (...,{','.join(map(str, shape))})")
+        return layer_norm_forward(inp, shape, self.w, self.b, self.eps)
+
+    saves = 'inp means rs'
+    def bwd(self, out, inp): by_rule(F.layer_norm, out, inp, self.w.shape, self.w, self.b, self.eps)
+    def extra_repr(self): return f"{tuple(self.w.shape)}, bias={self.b is not None}"
+
+# %% ../../nbs/ops/32_normalisations.ipynb #bf3acf3a
+class BatchNorm(Module):
+    """Each channel of (n,nf,...) to mean 0 and variance 1 over the batch, times `w`, plus `b`; in evaluation by running means.
+    Ioffe and Szegedy 2015"""
+    def __init__(self,
+        nf:int, # channels
+        eps:float=1e-5, # added to the variance
+        momentum:float=.1, # the share of a batch in the running mean and variance
+        device=None, # where to make them; default: `torch.get_default_device()`
+        dtype=None, # default: `torch.get_default_dtype()`
+    ):
+        new = dict(device=device, dtype=dtype)
+        self.w,self.b,self.eps,self.momentum = torch.ones(nf, **new),torch.zeros(nf, **new),eps,momentum
+        self.register_buffer('running_mean', torch.zeros(nf, **new))
+        self.register_buffer('running_var', torch.ones(nf, **new))
+
+    def how(self, inp):
+        return inp,self.running_mean,self.running_var,self.w,self.b,self.training,self.momentum,self.eps
+    def forward(self, inp):
+        nf = len(self.w)
+        if check_inp(self, inp, self.w).ndim<2 or inp.shape[1]!=nf:
+            raise ValueError(f"{self}: inp has shape {tuple(inp.shape)}, expected (n,{nf},...)")
+        return batch_norm_forward(*self.how(inp))
+
+    saves = 'inp means rs'
+    def bwd(self, out, inp): by_rule(F.batch_norm, out, *self.how(inp))
+    def extra_repr(self): return f"{len(self.w)}, momentum={self.momentum}"

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['aten', 'tanh_cell', 'relu_cell', 'cell_saves', 'stack_saves', 'rnn_tanh_grad', 'rnn_relu_grad', 'gru_grad',
-           'lstm_grad', 'products', 'rnn_cell', 'gru_cell', 'states_before', 'joined', 'lstm_cell', 'walk_back',
-           'cell_grad', 'rnn_tanh_cell_grad', 'rnn_relu_cell_grad', 'gru_cell_grad', 'lstm_cell_grad', 'Stack',
-           'one_by_one', 'layer_by_layer', 'stack_grad', 'by_formula', 'recurrent', 'onednn_fits', 'onednn_cell',
-           'lstm_layer', 'lstm_kernel', 'pack_grad', 'pad_grad', 'pad_sequence_grad']
+           'lstm_grad', 'products', 'rnn_cell', 'gru_cell', 'states_before', 'joined', 'lstm_cell', 'Upstream',
+           'walk_back', 'cell_grad', 'rnn_tanh_cell_grad', 'rnn_relu_cell_grad', 'gru_cell_grad', 'lstm_cell_grad',
+           'Stack', 'one_by_one', 'layer_by_layer', 'stack_grad', 'by_formula', 'recurrent', 'onednn_fits',
+           'onednn_cell', 'lstm_layer', 'lstm_kernel', 'LSTM']
 
 # %% ../../nbs/ops/35_recurrences.ipynb #b20870fa
 from itertools import accumulate
-from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
+from ..core.checks import check_inp
+from ..core.module import Module
 from ..core.record import const, traced, wants
-from ..core.rules import gradient_of
+from ..core.rules import by_rule, gradient_of
 from .linears import linear_grad
 aten = torch.ops.aten
 
@@ -81,6 +82,10 @@ def lstm_cell(x, before, after, params, steps, c0):
     return back,o*t
 
 # %% ../../nbs/ops/35_recurrences.ipynb #97b62962
+class Upstream:
+    "What stands for an output of which a rule reads the gradient alone"
+    def __init__(self, g): self.g = g
+
 def walk_back(cell, x, states, after, params, proj, steps, g, gs):
     """Gradients of `x`, `params` and `proj`, and those of the first `states`, which are returned.
     `after`: the state after each row's step, `g`: its gradient, `gs`: those of the last states."""
@@ -95,9 +100,9 @@ def walk_back(cell, x, states, after, params, proj, steps, g, gs):
         now = gah[t]@params[1]+direct,*others
         gs = [torch.cat([g_now, o[n:]]) for g_now,o in zip(now, gs)]
     w_ih,w_hh,b_ih,b_hh = params
-    linear_grad(SimpleNamespace(g=joined(gax)), x, w_ih, b_ih)
-    linear_grad(SimpleNamespace(g=joined(gah)), const(before), w_hh, b_hh)
-    if proj is not None: linear_grad(SimpleNamespace(g=joined(ghs)), const(full), proj)
+    linear_grad(Upstream(joined(gax)), x, w_ih, b_ih)
+    linear_grad(Upstream(joined(gah)), const(before), w_hh, b_hh)
+    if proj is not None: linear_grad(Upstream(joined(ghs)), const(full), proj)
     return gs
 
 def cell_grad(cell, out, inp, hx, *params):
@@ -274,17 +279,51 @@ def lstm_kernel(out, inp, *args):
 
 lstm_grad = recurrent(torch.lstm, lstm_cell, lstm_layer, lstm_kernel)
 
-# %% ../../nbs/ops/35_recurrences.ipynb #f8310546
-@gradient_of(torch._pack_padded_sequence, saves='')
-def pack_grad(out, inp, lengths, batch_first):
-    g,sizes = out[0].g,out[1]
-    inp.g = torch._pad_packed_sequence(g, sizes, batch_first, 0., inp.shape[int(batch_first)])[0]
+# %% ../../nbs/ops/35_recurrences.ipynb #0f6f1983
+class LSTM(Module):
+    """A layer that reads a sequence: (n,T,ni) to all its states (n,T,nf), the last one (n,nf) and the last memory (n,nf).
+    Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 1999"""
+    def __init__(self,
+        ni:int, # numbers of a step
+        nf:int, # numbers of a state
+        bias:bool=True, # add two biases, as torch does?
+        device=None, # where to make them; default: `torch.get_default_device()`
+        dtype=None, # default: `torch.get_default_dtype()`
+    ):
+        def uniform(*shape): return (torch.rand(shape, device=device, dtype=dtype)*2-1)*nf**-.5
+        self.w_ih,self.w_hh = uniform(4*nf, ni),uniform(4*nf, nf)
+        self.b_ih,self.b_hh = (uniform(4*nf),uniform(4*nf)) if bias else (None,None)
 
-@gradient_of(torch._pad_packed_sequence, saves='')
-def pad_grad(out, data, batch_sizes, batch_first, padding_value, total_length):
-    data.g = torch._pack_padded_sequence(out[0].g, out[1], batch_first)[0]
+    def how(self, inp, h, c):
+        "The arguments of torch's function"
+        first = [inp.new_zeros(1, len(inp), self.w_hh.shape[1]) if t is None else t.unsqueeze(0) for t in (h,c)]
+        params = [p for p in (self.w_ih, self.w_hh, self.b_ih, self.b_hh) if p is not None]
+        return inp,first,params,self.b_ih is not None,1,0.,self.training,False,True
 
-@gradient_of(torch._C._nn.pad_sequence, saves='')
-def pad_sequence_grad(out, sequences, batch_first=False, padding_value=0., padding_side='right'):
-    for t,g in zip(sequences, out.g.unbind(0 if batch_first else 1)):
-        if wants(t): t.g = g[:len(t)] if padding_side=='right' else g[len(g)-len(t):]
+    def forward(self,
+        inp, # (n,T,ni)
+        h=None, # the state to begin with (n,nf); default: zeros
+        c=None, # the memory to begin with (n,nf); default: zeros
+    ):
+        ni,state = self.w_ih.shape[1],(len(inp),self.w_hh.shape[1])
+        if check_inp(self, inp, self.w_ih).ndim!=3 or inp.shape[-1]!=ni:
+            raise ValueError(f"{self}: inp has shape {tuple(inp.shape)}, expected (n,T,{ni})")
+        for k,t in dict(h=h, c=c).items():
+            if t is not None and check_inp(self, t, self.w_ih, k).shape!=state:
+                raise ValueError(f"{self}: {k} has shape {tuple(t.shape)}, expected {state}")
+        a = Stack(*self.how(inp, h, c))
+        (y,h,c),kept = lstm_layer(a, 0, a.inp)
+        out = a.by_time(y)
+        if kept: out.of_cells = kept
+        return out,h[0],c[0]
+
+    saves = 'out inp h c of_cells'
+    def bwd(self, out, inp, h=None, c=None):
+        args,(y,*last) = self.how(inp, h, c),out
+        states = [t.unsqueeze(0) for t in last]
+        for t,s in zip(states, last): t.g = s.g.unsqueeze(0)
+        y.between,y.of_cells = [],getattr(y, 'of_cells', {})
+        by_rule(torch.lstm, (y,*states), *args)
+        for t,s in zip((h,c), args[1]):
+            if t is not None: t.g = s.g[0]
+    def extra_repr(self): return f"{self.w_ih.shape[1]}, {self.w_hh.shape[1]}, bias={self.b_ih is not None}"
