@@ -702,3 +702,11 @@ def test_what_the_first_call_sets_up(interpreted):
             if self.cfg.kind is None: self.cfg.kind = 'double'
             return x*2
     same(make=lambda: Model([Lin64(6, 5), SetsUp(), Lin64(5, 3)], CrossEntropy()))
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('f', [lambda m, x: x[:,0].detach().numpy()[0], lambda m, x: x.tolist()[0][0]], ids=['numpy','tolist'])
+def test_numbers_taken_out_of_a_batch_that_comes_twice(f):
+    model = Model([Reads(f)], Mse())
+    step,x,y = compile_step(model, SGD(model.parameters(), lr=.01), compiler=False),rand(9, 4),rand(9, 3)
+    for _ in range(2): step(x, y)
+    assert step.ordinary

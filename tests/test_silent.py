@@ -238,6 +238,17 @@ def test_changed_by_what_the_record_cannot_see(of):
     with pytest.raises(GradError, match='changed in place after the record met it'): Net()(rand(3))
 
 
+def test_a_mark_that_was_copied_to_another_tensor():
+    x = rand(3)
+    with recording() as rec:
+        h,other = x*2,rand(3)
+        vars(other).update(vars(h))
+        loss = (other*3).sum()
+    rec.backward(loss)
+    assert x.g is None or not x.g.any()
+    close(other.g, 3*ones(3), **tight)
+
+
 # Gradients changed in place by `before` and `after`
 
 @pytest.mark.parametrize('which', ['before','after'])
