@@ -29,7 +29,8 @@ def test_gpt_is_gpt2(theirs):
     want.backward(g)
     theirs = dict(net.transformer.named_parameters())
     for n,p in gpt.named_parameters(): close(p.grad, theirs[n].grad, rtol=1e-9, atol=1e-11)
-    assert torch.equal(gpt.generate(ids[:1], 8, temperature=0), net.generate(ids[:1], max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=50))
+    assert torch.equal(gpt.generate(ids[:1], 8, temperature=0), net.generate(ids[:1], max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=50,
+        attention_mask=torch.ones_like(ids[:1])))
 
 def test_gpt_folder_of_another_net(theirs):
     _,folder = theirs
