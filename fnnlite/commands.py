@@ -17,9 +17,10 @@ from .core.checks import autograd_gap
 from .data.digits import DataError, DataLoaders, load_mnist, normalize
 from .data.files import bad_file, one_line
 from .data.images import read_image
-from .nets.containers import Model
-from .nets.pictures import mlp
+from .nets.containers import Model, Sequential
+from .nets.pictures import mlp, resnet
 from .ops.losses import CrossEntropy
+from .ops.shapes import Reshape
 from .train.callbacks import NonFiniteError, OneCycle, Checkpoint, StopOnSignal, first_signal, on_signals
 from .train.checkpoints import CheckpointError, load_tensors, put_state, save_tensors, write_file
 from .train.learners import Learner, accuracy
@@ -63,14 +64,20 @@ def _numbers(hidden):
     "How many weights a net with these widths has"
     return sum((ni+1)*nf for ni,nf in zip([784,*hidden], [*hidden,10]))
 
+def _net(arch, hidden, dropout):
+    "The net of that name, for pictures (n,784)"
+    if arch not in ('mlp','resnet'): raise ValueError(f"arch is {reprlib.repr(arch)}, expected mlp or resnet")
+    return mlp([784,*hidden,10], dropout) if arch=='mlp' else Sequential(Reshape(-1, 1, 28, 28), *resnet())
+
 @call_parse
 def fnnlite_train(
     data:str=None, # A folder or file with MNIST, or 'full' to download all of it (default: the sample in the package)
+    arch:str='mlp', # The net: 'mlp' or 'resnet'
     epochs:int=10, # Times through the data
     bs:int=128, # Rows in a batch
     lr:float=2e-3, # The highest learning rate, of a one-cycle schedule
-    layers:str='512,256', # Widths of the hidden layers
-    dropout:float=.2, # Part of the activations dropped in training
+    layers:str='512,256', # Widths of an mlp's hidden layers
+    dropout:float=.2, # Part of an mlp's activations dropped in training
     device:str=None, # Where to train (default: a GPU if there is one)
     seed:int=42, # Of the weights, the order of the batches and dropout
     out:str='models', # Folder for weights, history, curves and checkpoint
@@ -90,14 +97,14 @@ def fnnlite_train(
         mnist = load_mnist(data)
         stats = mnist.stats()
         dls = DataLoaders.from_arrays(*mnist.normalize(), bs=bs, device=device, seed=seed)
-        with device: model = Model(mlp([784, *hidden, 10], dropout), CrossEntropy())
+        with device: model = Model(_net(arch, hidden, dropout), CrossEntropy())
         print(f"{len(mnist.x_train):,} images to train with, {len(mnist.x_valid):,} to validate with, on {device}")
         model.summary(dls.train.x[:bs])
         xb,yb = dls.train.x[:16],dls.train.y[:16]
         gap = autograd_gap(model, xb, yb)
         print(f"Hand-written gradients against autograd's, in float64: they differ by at most {gap:.0e} of the largest")
         if not gap<1e-9: raise ValueError("the gradients are wrong: not training")
-        settings = dict(data=data and str(data), bs=bs, lr=lr, layers=hidden, dropout=dropout, seed=seed, epochs=epochs, compiled=compiled,
+        settings = dict(data=data and str(data), arch=arch, bs=bs, lr=lr, layers=hidden, dropout=dropout, seed=seed, epochs=epochs, compiled=compiled,
                         precision=torch.get_float32_matmul_precision())
         stop,checkpoint = StopOnSignal(),Checkpoint(out, resume, settings)
         learn = Learner(model, dls, partial(AdamW, lr=lr), [accuracy], [OneCycle(lr), checkpoint, stop] + [Distributed()]*launched(), compiled)
@@ -117,7 +124,7 @@ def fnnlite_train(
             rest = f"History in {out}; --resume goes on from the last whole epoch" if learn.history else "No epoch was whole"
             print(f"Stopped. {rest}", file=sys.stderr)
             sys.exit(status)
-        save_tensors(out/'model.safetensors', model.layers.state_dict(), layers=hidden, dropout=dropout, stats=stats)
+        save_tensors(out/'model.safetensors', model.layers.state_dict(), arch=arch, layers=hidden, dropout=dropout, stats=stats)
         print(f"Validation accuracy {learn.history[-1]['accuracy']:.2%}. Weights, history and curves are in {out}")
 
 # %% ../nbs/80_commands.ipynb #ceb1921b
@@ -137,9 +144,11 @@ def _saved_net(path):
     check(number(dropout) and 0<=dropout<1, f'dropout is {reprlib.repr(dropout)}', 'a number from 0, below 1')
     check(isinstance(stats, list) and len(stats)==2 and all(map(number, stats)) and stats[1]>0, f'stats is {reprlib.repr(stats)}',
         'a mean and a standard deviation')
-    n = sum(t.numel() for t in tensors.values())
-    check(n==_numbers(layers), f'{n:,} weights', f'{_numbers(layers):,} for layers {reprlib.repr(layers)}')
-    net = Model(mlp([784,*layers,10], dropout), CrossEntropy())
+    arch = about.get('arch', 'mlp')
+    check(arch in ('mlp','resnet'), f'arch is {reprlib.repr(arch)}', 'mlp or resnet')
+    n,expected = sum(t.numel() for t in tensors.values()),_numbers(layers) if arch=='mlp' else sum(t.numel() for t in resnet().state_dict().values())
+    check(n==expected, f'{n:,} weights', f'{expected:,} for layers {reprlib.repr(layers)}' if arch=='mlp' else f'{expected:,} for a resnet')
+    net = Model(_net(arch, layers, dropout), CrossEntropy())
     put_state(net.layers, tensors, path)
     for k,t in tensors.items(): check(t.isfinite().all(), f"tensor '{one_line(k, 50)}' has numbers that are not finite", 'finite weights')
     return net,*stats

@@ -99,6 +99,22 @@ def test_train_options(run, small, tmp_path):
     assert [tuple(t.shape) for k,t in sorted(weights('wide', '--layers', '7,6,5')[0].items()) if k.endswith('w')]==[(784,7),(7,6),(6,5),(5,10)]
     assert [tuple(t.shape) for t in weights('linear', '--layers', '')[0].values()] in ([(784,10),(10,)],[(10,),(784,10)])
 
+def test_a_residual_net(run, small, digits, tmp_path):
+    "It trains, its running statistics are saved and resumed with, and it predicts as it did in the training's process."
+    args = [*small, '--arch', 'resnet', '--epochs', 2, '--out', tmp_path]
+    code,out,err = run('fnnlite_train', *args)
+    assert (code,err)==(0,'') and 'BatchNorm' in out
+    ts,about = load_tensors(tmp_path/'model.safetensors')
+    assert about['arch']=='resnet' and any(k.endswith('running_var') and (t!=1).any() for k,t in ts.items())
+    assert run('fnnlite_train', *args, '--resume')[0]==0
+    one_line(run('fnnlite_train', *small, '--epochs', 2, '--out', tmp_path, '--resume'), 'fnnlite_train', "arch 'resnet', now 'mlp'")
+    code,out,_ = run('fnnlite_predict', digits[0][0], '--weights', tmp_path/'model.safetensors')
+    assert code==0 and re.search(r': \d \(', out)
+    save_tensors(tmp_path/'w', {k:t for k,t in ts.items() if not k.endswith('running_var')}, **about)
+    one_line(run('fnnlite_predict', digits[0][0], '--weights', tmp_path/'w'), 'fnnlite_predict', 'for a resnet')
+    save_tensors(tmp_path/'w', ts, **{**about, 'arch':['x']})
+    one_line(run('fnnlite_predict', digits[0][0], '--weights', tmp_path/'w'), 'fnnlite_predict', "arch is ['x']")
+
 def test_wrong_gradient_is_not_trained_with(run, small, tmp_path, monkeypatch):
     def wrong(self, out, inp): inp.g = out.g
     monkeypatch.setattr(Relu, 'bwd', wrong)
@@ -110,7 +126,7 @@ def test_gap_is_judged(gap, run, small, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, 'autograd_gap', lambda *a: gap)
     one_line(run('fnnlite_train', *small, '--out', tmp_path/'out'), 'fnnlite_train', 'gradients are wrong')
 
-bad = dict(layers=['a,b','1.5','0','-5','8,-1','99999999999','50000,50000',','.join(['9']*101)],
+bad = dict(arch=['vgg'], layers=['a,b','1.5','0','-5','8,-1','99999999999','50000,50000',','.join(['9']*101)],
     epochs=['0','-1','x'], bs=['0','-3','1.5'], lr=['-1','x'], dropout=['2','-.1','nan'],
     device=['nonsense','cuda:99','meta','cpu:x','','hpu','xla','vulkan','privateuseone','mtia','xpu','ipu','fpga','maia','lazy','ve','hip','opengl',
             'opencl','ideep','mkldnn','cpu\n\x1b[31m','x'*10**4]+['mps']*(not torch.backends.mps.is_available()), seed=['-1','x',str(2**70)])
