@@ -75,7 +75,7 @@ def fnnlite_train(
     arch:str='mlp', # The net: 'mlp' or 'resnet'
     epochs:int=10, # Times through the data
     bs:int=128, # Rows in a batch
-    lr:float=2e-3, # The highest learning rate, of a one-cycle schedule
+    lr:float=None, # The highest learning rate, of a one-cycle schedule (default: .002 for an mlp, .01 for a resnet)
     layers:str='512,256', # Widths of an mlp's hidden layers
     dropout:float=.2, # Part of an mlp's activations dropped in training
     device:str=None, # Where to train (default: a GPU if there is one)
@@ -90,6 +90,7 @@ def fnnlite_train(
     with (first_signal(lambda o: sys.exit(128+o)), _one_line_errors(), ExitStack() as inside,
           processes(device := _usable(('cuda' if torch.cuda.is_available() else 'cpu') if device is None else device)) as first):
         hidden,out = _widths(layers),Path(out)
+        if lr is None: lr = .01 if arch=='resnet' else .002
         if precision not in (None,'highest','high','medium'): raise ValueError(f"precision is {precision!r}, expected highest, high or medium")
         if precision: torch.set_float32_matmul_precision(precision)
         if epochs<1: raise ValueError(f"epochs is {epochs}, expected at least 1")

@@ -1092,3 +1092,11 @@ def test_a_record_is_entered_once():
     with recording() as other: out = (x*x).sum() # nothing is left of the attempt
     other.backward(out)
     torch.testing.assert_close(x.g, 2*x)
+
+@pytest.mark.parametrize('dim', [0,1,None])
+def test_weight_norm(dim):
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3, dtype=torch.float64), dim=dim), nn.Tanh())
+    ref,x,g = copy.deepcopy(net),rand(5, 4),rand(5, 3)
+    Model(net)(x).backward(g)
+    ref(x).backward(g)
+    close([p.grad for p in net.parameters()], [p.grad for p in ref.parameters()], **tight)

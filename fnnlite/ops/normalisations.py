@@ -6,7 +6,7 @@
 __all__ = ['aten', 'full', 'normalised', 'normalised_grad', 'affine_grad', 'given', 'layer_norm_forward', 'layer_norm_kernel',
            'layer_norm_grad', 'rms_norm_grad', 'by_channel', 'channel_norm_grad', 'group_norm_forward',
            'group_norm_kernel', 'group_norm_grad', 'running_norm_grad', 'batch_norm_forward', 'batch_norm_kernel',
-           'batch_norm_grad', 'instance_norm_grad', 'LayerNorm', 'BatchNorm']
+           'batch_norm_grad', 'instance_norm_grad', 'weight_norm_grad', 'LayerNorm', 'BatchNorm']
 
 # %% ../../nbs/ops/32_normalisations.ipynb #91fdc334
 import torch
@@ -146,6 +146,15 @@ def instance_norm_grad(out, inp, running_mean=None, running_var=None, weight=Non
     use_input_stats=True, momentum=.1, eps=1e-5):
     if use_input_stats: group_norm_grad(out, inp, inp.shape[1], weight, bias, eps)
     else: running_norm_grad(out, inp, running_mean, running_var, weight, bias, eps)
+
+# %% ../../nbs/ops/32_normalisations.ipynb #c3ccd1cb
+@gradient_of(torch._weight_norm, saves='v g')
+def weight_norm_grad(out, v, g, dim=0):
+    dims = [d for d in range(v.ndim) if d!=dim] # -1: one length for all
+    n = v.norm(dim=dims, keepdim=True)
+    along = (out.g*v/n).sum(dims, keepdim=True)
+    if wants(g): g.g = along.reshape(g.shape)
+    if wants(v): v.g = g/n*(out.g-v/n*along)
 
 # %% ../../nbs/ops/32_normalisations.ipynb #7dc8c5f5
 class LayerNorm(Module):
