@@ -88,6 +88,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'fnnlite/core/calls.py'),
                                     'fnnlite.core.calls.Record.inside': ('core/calls.html#record.inside', 'fnnlite/core/calls.py'),
                                     'fnnlite.core.calls.Record.is_buffer': ('core/calls.html#record.is_buffer', 'fnnlite/core/calls.py'),
+                                    'fnnlite.core.calls.Record.is_from': ('core/calls.html#record.is_from', 'fnnlite/core/calls.py'),
                                     'fnnlite.core.calls.Record.is_output': ('core/calls.html#record.is_output', 'fnnlite/core/calls.py'),
                                     'fnnlite.core.calls.Record.leaf': ('core/calls.html#record.leaf', 'fnnlite/core/calls.py'),
                                     'fnnlite.core.calls.Record.made_by': ('core/calls.html#record.made_by', 'fnnlite/core/calls.py'),

@@ -575,7 +575,9 @@ class Run:
         for i,loss in enumerate(steps):
             if not self.ours and self.afresh:
                 for t in inps.values(): t.grad = None
-            if not self.ours or not way.by_hand: loss.backward(retain_graph=i<len(steps)-1)
+            if not self.ours or not way.by_hand:
+                with nullcontext() if self.ours else through_forward(): # a checkpoint calls its part again
+                    loss.backward(retain_graph=i<len(steps)-1)
             elif way.kind=='recording': self.walk(rec.backward, *(outs,ups) if way.ups else [loss])
             else: self.walk(self.net.backward, *[] if single else ups if len(ups)==1 else [ups])
         for k,t in inps.items():

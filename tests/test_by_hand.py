@@ -440,3 +440,13 @@ def test_an_output_that_a_layer_calls_constant(nodes):
     m(x).backward()
     close(x.grad, 6*x.detach(), **tight)
     assert m.b.g is None
+
+def test_g_of_what_a_function_gives_back_as_it_came():
+    x,w = rand(4),rand(3, 4)
+    with recording() as rec:
+        h = x*2
+        same,_ = torch.broadcast_tensors(h, w[0])
+        assert same is h
+        loss = (h*3+same*w).sum()
+    rec.backward(loss)
+    close([h.g, x.g], [9*ones(4)+w.sum(0), 18*ones(4)+2*w.sum(0)], **tight)

@@ -140,7 +140,7 @@ def publish(
     for call in calls:
         for i,o in enumerate(call.outs):
             guards.no_hook_inside(o)
-            o.g,o.g_by = grads.get((call.n,i)),None # if a later call changed it, that one's
+            if rec.is_from(o, call.n, i): o.g,o.g_by = grads.get((call.n,i)),None # else another call gave it, before or after
     for source in grads: # what came into the first of `calls` from earlier ones
         if type(source) is tuple and source[0]<start: put(rec.made[source[0]].outs[source[1]], grads[source], by)
     for leaf in leaves:

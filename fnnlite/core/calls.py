@@ -202,6 +202,10 @@ class Record(Views, TorchFunctionMode):
             if id(o) not in given or o is out: self.mark(o, None if rule.is_layer and not wants(o) else call.n, i)
         call.lighten() if self.lean else call.notice(came_in+tensors(out))
 
+    def is_from(self, t, n, i):
+        "Are the numbers of `t` output `i` of call `n`?"
+        return (getattr(t, 'mark', None) or ())[:3]==(self.number,n,i)
+
     def is_output(self, t):
         "Is `t` the output of a call?"
         number,n,*_,of = getattr(t, 'mark', None) or (None,)*5
