@@ -18,7 +18,7 @@ setup(
     long_description=(root/'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     packages=find_packages(include=[cfg['lib_name']+'*']),
-    package_data={cfg['lib_name']: ['mnist/*']},
+    package_data={cfg['lib_name']: ['mnist/*','texts/*']},
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split(), 'bench': cfg['bench_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
