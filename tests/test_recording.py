@@ -1100,3 +1100,42 @@ def test_weight_norm(dim):
     Model(net)(x).backward(g)
     ref(x).backward(g)
     close([p.grad for p in net.parameters()], [p.grad for p in ref.parameters()], ('a','b','c'))
+
+@pytest.mark.parametrize('shapes', [((16,8),(3,8,16)), ((3,16,8),(8,16)), ((16,16),(16,8)), ((3,16,8),(3,8,16))], ids=['rows','columns','sums','batch'])
+def test_grouped_mm(shapes):
+    "In float32: torch has no other on a CPU. Rows that belong to no group are left out of the comparison: torch doesn't fill them."
+    a,b = (torch.randn(s) for s in shapes)
+    offs = None if a.ndim==b.ndim==3 else torch.tensor([4,4,16], dtype=torch.int32)
+    x,y = a.clone().requires_grad_(),b.clone().requires_grad_()
+    want = torch._grouped_mm(x, y, offs=offs)
+    g = torch.randn_like(want)
+    want.backward(g)
+    with recording() as rec: out = torch._grouped_mm(a, b, offs=offs)
+    rec.backward(out, g)
+    for t,w in ((a.g,x.grad),(b.g,y.grad)): torch.testing.assert_close(t, w, rtol=1e-4, atol=1e-4)
+
+def test_a_mixture_of_experts():
+    T = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    net = T.MixtralForCausalLM(T.MixtralConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2))
+    ref,ids = copy.deepcopy(net),torch.randint(0, 50, (2, 9))
+    Model(net)(input_ids=ids, labels=ids).loss.backward()
+    ref(input_ids=ids, labels=ids).loss.backward()
+    for (n,p),q in zip(net.named_parameters(), ref.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5, msg=lambda m: f'{n}: {m}')
+
+@pytest.mark.parametrize('f', [lambda x: x.as_strided((3,2), (1,4)), lambda x: x.t().as_strided((2,2), (1,2), 1), lambda x: x[1:].as_strided((2,2), (4,1))])
+def test_as_strided(f):
+    x = rand(4, 4)
+    y = x.clone().requires_grad_()
+    want = f(y*2)
+    with recording() as rec: out = f(x*2)
+    g = torch.randn_like(out)
+    rec.backward(out, g)
+    want.backward(g)
+    torch.testing.assert_close(x.g, y.grad)
+
+def test_as_strided_of_what_shows_a_number_twice():
+    with recording() as rec: out = (rand(1, 4)*2).expand(4, 4).as_strided((2,2), (0,1)).sum()
+    with pytest.raises(NotImplementedError, match='more than once'): rec.backward(out)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['rows', 'lin', 'lin_grad', 'Lin', 'linear_grad', 'vector_on_the_right', 'product_grad', 'rmatmul_grad', 'mm_grad',
            'mv_grad', 'dot_grad', 'vdot_grad', 'vecdot_grad', 'outer_grad', 'added', 'addmm_grad', 'addmv_grad',
-           'addr_grad', 'baddbmm_grad', 'addbmm_grad', 'einsum_indices', 'einsum_grad', 'tensordot_grad', 'inner_grad',
-           'multi_dot_grad', 'chain_matmul_grad', 'bilinear_grad', 'matmul', 'matmul_grad', 'Matmul']
+           'addr_grad', 'baddbmm_grad', 'addbmm_grad', 'grouped_mm_grad', 'einsum_indices', 'einsum_grad',
+           'tensordot_grad', 'inner_grad', 'multi_dot_grad', 'chain_matmul_grad', 'bilinear_grad', 'matmul',
+           'matmul_grad', 'Matmul']
 
 # %% ../../nbs/ops/22_linears.ipynb #340037e9
 import string
@@ -146,6 +147,21 @@ def baddbmm_grad(out, inp, batch1, batch2, *, beta=1, alpha=1):
 @gradient_of(torch.addbmm, saves='batch1 batch2')
 def addbmm_grad(out, inp, batch1, batch2, *, beta=1, alpha=1):
     added(out, inp, beta, alpha, batch1, batch2, 'bnk,bkm->nm')
+
+# %% ../../nbs/ops/22_linears.ipynb #4c7837a5
+@gradient_of(torch._grouped_mm, saves='mat_a mat_b offs')
+def grouped_mm_grad(out, mat_a, mat_b, offs=None, bias=None, out_dtype=None):
+    ends = [] if offs is None else offs.tolist()
+    groups = [slice(a, b) for a,b in zip([0,*ends], ends)]
+    def parts(t, dim): return list(t) if t.ndim==3 else [t.narrow(dim, s.start, s.stop-s.start) for s in groups]
+    dim_a,dim_b = int(mat_b.ndim==2),int(mat_a.ndim==3) # in which the matrices are cut; `out` as `mat_a`
+    a,b,gs = parts(mat_a, dim_a),parts(mat_b, dim_b),parts(out.g, dim_a)
+    if wants(mat_a):
+        mat_a.g = torch.zeros_like(mat_a)
+        for to,g,o in zip(parts(mat_a.g, dim_a), gs, b): to.copy_(g@o.mT)
+    if wants(mat_b):
+        mat_b.g = torch.zeros_like(mat_b)
+        for to,g,o in zip(parts(mat_b.g, dim_b), gs, a): to.copy_(o.mT@g)
 
 # %% ../../nbs/ops/22_linears.ipynb #dd1a519d
 def einsum_indices(equation, operands):

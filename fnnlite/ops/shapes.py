@@ -6,12 +6,12 @@
 __all__ = ['numbers', 'zeros_but', 'reshape_grad', 'atleast_grad', 'transpose_grad', 'swapaxes_grad', 't_grad', 'mt_grad',
            'permute_grad', 'movedim_grad', 'flip_grad', 'fliplr_grad', 'flipud_grad', 'roll_grad', 'rot90_grad',
            'expand_grad', 'broadcast_tensors_grad', 'repeat_grad', 'repeat_interleave_grad', 'unfold_grad',
-           'select_grad', 'narrow_grad', 'diagonal_grad', 'linalg_diagonal_grad', 'zeros_in', 'select_scatter_grad',
-           'slice_scatter_grad', 'diagonal_scatter_grad', 'diag_embed_grad', 'diag_grad', 'diagflat_grad', 'tril_grad',
-           'triu_grad', 'cat_grad', 'stack_grad', 'hstack_grad', 'vstack_grad', 'dstack_grad', 'column_stack_grad',
-           'block_diag_grad', 'meshgrid_grad', 'cartesian_prod_grad', 'combinations_grad', 'split_grad', 'unbind_grad',
-           'tensor_split_grad', 'hsplit_grad', 'vsplit_grad', 'dsplit_grad', 'concat', 'concat_grad', 'reshape',
-           'Concat', 'Reshape', 'Flatten']
+           'as_strided_grad', 'select_grad', 'narrow_grad', 'diagonal_grad', 'linalg_diagonal_grad', 'zeros_in',
+           'select_scatter_grad', 'slice_scatter_grad', 'diagonal_scatter_grad', 'diag_embed_grad', 'diag_grad',
+           'diagflat_grad', 'tril_grad', 'triu_grad', 'cat_grad', 'stack_grad', 'hstack_grad', 'vstack_grad',
+           'dstack_grad', 'column_stack_grad', 'block_diag_grad', 'meshgrid_grad', 'cartesian_prod_grad',
+           'combinations_grad', 'split_grad', 'unbind_grad', 'tensor_split_grad', 'hsplit_grad', 'vsplit_grad',
+           'dsplit_grad', 'concat', 'concat_grad', 'reshape', 'Concat', 'Reshape', 'Flatten']
 
 # %% ../../nbs/ops/28_shapes.ipynb #3aaa3218
 import torch
@@ -115,6 +115,17 @@ def unfold_grad(out, inp, dimension, size, step):
     came_from = torch.arange(inp.shape[dim], device=inp.device).unfold(0, size, step).flatten()
     g = out.g.movedim(-1, dim+1).flatten(dim, dim+1)
     inp.g = torch.zeros_like(inp).index_add(dim, came_from, g)
+
+# %% ../../nbs/ops/28_shapes.ipynb #d57c4288
+@gradient_of(torch.as_strided, torch.as_strided_copy, saves='inp') # its strides
+def as_strided_grad(out, inp, size, stride, storage_offset=None):
+    n = inp.untyped_storage().nbytes()//inp.element_size()
+    def positions(size, stride, start): return torch.arange(n, device=inp.device).as_strided(size, stride, start).flatten()
+    own = positions(inp.shape, inp.stride(), inp.storage_offset())
+    if len(own.unique())<len(own): raise NotImplementedError('as_strided: the input shows a number more than once; take a clone() of it')
+    start = inp.storage_offset() if storage_offset is None else storage_offset
+    sums = out.g.new_zeros(n).index_add(0, positions(size, stride, start), out.g.flatten())
+    inp.g = sums[own].reshape(inp.shape)
 
 # %% ../../nbs/ops/28_shapes.ipynb #7220011c
 @gradient_of(torch.select, torch.select_copy, saves='')
