@@ -340,6 +340,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fnnlite.core.views': { 'fnnlite.core.views.View': ('core/views.html#view', 'fnnlite/core/views.py'),
                                     'fnnlite.core.views.View.__init__': ('core/views.html#view.__init__', 'fnnlite/core/views.py'),
                                     'fnnlite.core.views.View.of': ('core/views.html#view.of', 'fnnlite/core/views.py'),
+                                    'fnnlite.core.views.View.rule': ('core/views.html#view.rule', 'fnnlite/core/views.py'),
                                     'fnnlite.core.views.Views': ('core/views.html#views', 'fnnlite/core/views.py'),
                                     'fnnlite.core.views.Views.behind': ('core/views.html#views.behind', 'fnnlite/core/views.py'),
                                     'fnnlite.core.views.Views.constant_behind': ( 'core/views.html#views.constant_behind',

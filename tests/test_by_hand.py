@@ -450,3 +450,28 @@ def test_g_of_what_a_function_gives_back_as_it_came():
         loss = (h*3+same*w).sum()
     rec.backward(loss)
     close([h.g, x.g], [9*ones(4)+w.sum(0), 18*ones(4)+2*w.sum(0)], **tight)
+
+@pytest.mark.parametrize('lean', [False,True])
+def test_one_of_several_views_changed_in_place(lean):
+    "And the base again: the other view, which nobody changed, shows it too."
+    def f(w, x):
+        h = w*x
+        a,b = h.tensor_split(2, -1)
+        a.mul_(3)
+        c = a.sin()
+        h.mul_(x)
+        return (h**2).sum()+b.sin().sum()+(a*c).sum()
+    class Net(Module):
+        def __init__(self): self.w = nn.Parameter(rand(3, 4))
+        def forward(self, x): return f(self.w, x)
+    net,x = Net().retain(not lean),rand(3, 4).requires_grad_()
+    net(x).backward()
+    close([net.w.g, x.grad], auto(f, net.w, x), **tight)
+
+def test_a_view_of_a_parameter_made_under_no_grad():
+    w,x = nn.Parameter(rand(3)),rand(3)
+    with recording() as rec:
+        with torch.no_grad(): v = w.view(3)
+        loss = (v*x).sum()
+    rec.backward(loss)
+    assert v.g is None and w.g is None

@@ -227,7 +227,7 @@ class Record(Views, TorchFunctionMode):
         out = self.plain(f, args, kwargs)
         guards.unchanged(self, f, ts, versions)
         changed = [t for t,v in zip(ts, versions) if t._version!=v and hasattr(t, 'mark')]
-        for t in changed+not_among(ts, out): self.new_leaf(t) if t.requires_grad else self.mark(t, None)
+        for t in changed+not_among(ts, out): self.new_leaf(t) if t.requires_grad and not t._is_view() else self.mark(t, None) # a view says what its base does
         for t in changed: self.constant_behind(t)
         if f not in cuts: self.look_for_views(ts, out, floats(out), f, args, kwargs)
         elif base_name(f)=='detach': self.mark(ts[0], None)

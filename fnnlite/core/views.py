@@ -11,7 +11,7 @@ from torch import Tensor
 from . import guards
 from .backward import kept_on
 from .record import GradError, floats, is_float, maptree, plain, tensors, wants
-from .rules import Rule, rule_of
+from .rules import Rule, form_of, rule_of
 
 # %% ../../nbs/core/11_views.ipynb #cdb34732
 def settled(o, consts=()):
@@ -31,6 +31,17 @@ class View:
     "What shows a part of `base`: how it was made"
     def __init__(self, t, base, f, args, kwargs, i):
         self.t,self.base,self.form,self.f,self.args,self.kwargs,self.i = t,base,form(base),f,args,kwargs,i
+
+    @property
+    def rule(self):
+        "That of what made it; of one of several outputs, the others' gradients are 0"
+        rule = rule_of(self.f)
+        if self.i is None: return rule
+        def one_grad(out, *args, **kwargs):
+            outs = maptree(Tensor.detach, self.f(*maptree(form_of, args), **maptree(form_of, kwargs)))
+            for i,o in enumerate(floats(outs)): o.g = out.g if i==self.i else torch.zeros_like(o)
+            rule.assign(outs, args, kwargs)
+        return Rule(one_grad, saves='')
     def of(self, o):
         "The same part of `o`"
         swap = lambda a: maptree(lambda t: o if t is self.base else t, a)
@@ -69,7 +80,7 @@ class Views:
         for base,source,part,view in bases:
             self.note_again(written_through, writing, (base.detach(), part, view), {}, base, [source,self.source(part, f)])
         for *_,part,_ in bases:
-            if self.views[id(part)].i is None: part.mark = *part.mark[:3],None,id(part) # from the base, when it is next used
+            part.mark = *part.mark[:3],None,id(part) # from the base, when it is next used
         return None if out is None else t
 
     def keep_form(self, t, before):
@@ -109,8 +120,8 @@ class Views:
     def shown_again(self, t, version, f):
         "The source of a view whose base was changed by a call: the view shows the new numbers, by a new call"
         v = self.views.get(id(t))
-        if v is None or v.i is not None or form(v.base)!=v.form: guards.fresh(self, f, t, version)
+        if v is None or form(v.base)!=v.form: guards.fresh(self, f, t, version)
         source = self.source(v.base, f)
         if source is None: self.mark(t, None)
-        else: self.note_again(v.f, rule_of(v.f), v.args, v.kwargs, t, [source if o is v.base else None for o in floats((v.args,v.kwargs))])
+        else: self.note_again(v.f, v.rule, v.args, v.kwargs, t, [source if o is v.base else None for o in floats((v.args,v.kwargs))])
         return self.source(t, f)
