@@ -458,7 +458,7 @@ def test_one_of_several_views_changed_in_place(lean):
         h = w*x
         a,b = h.tensor_split(2, -1)
         a.mul_(3)
-        c = a.sin()
+        c = a.clone().sin()
         h.mul_(x)
         return (h**2).sum()+b.sin().sum()+(a*c).sum()
     class Net(Module):
