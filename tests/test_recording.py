@@ -346,7 +346,7 @@ def foreach(n, x):
     (unseen_function, 'autograd.Function'), (hook, 'hook'), (leaf_hook, 'hook'), (module_hook, 'hooks|autograd.Function'),
     (frozen_midway, 'requires grad while it is recorded'),
     (view_turned, 'changes the form'), (returned_changed, 'changed in place'), (data_given, 'takes numbers out'),
-    (base_turned, 'changes the form'), (out_given, 'writes into|in place'), (subclass, 'made unseen|outside')], ids=lambda o: getattr(o, '__name__', ''))
+    (base_turned, 'changes the form'), (out_given, 'into out='), (subclass, 'made unseen|outside')], ids=lambda o: getattr(o, '__name__', ''))
 def test_refused(f, match): refused(f, rand(4, 5), match=match)
 
 @pytest.mark.parametrize('f', [copied, thread, inference], ids=lambda o: o.__name__)

@@ -332,3 +332,96 @@ def test_shapes_in_errors_of_a_bwd_between_nodes():
         def bwd(self, out, inp): self.w.g = inp@out.g
     with pytest.raises(RuntimeError) as e: L().as_nodes()(rand(5, 4)).sum().backward()
     if hasattr(e.value, 'add_note'): assert e.value.__notes__==['in the rule of L: out.g (5, 3), inp (5, 4), w (4, 3)']
+
+
+# Classes whose forward and bwd don't belong together
+
+def test_a_new_forward_over_an_old_bwd():
+    with pytest.raises(TypeError, match='bwd = Parent.bwd'):
+        class Twice(Lin):
+            def forward(self, inp): return 2*super().forward(inp)
+    class Noted(Lin):
+        bwd = Lin.bwd
+        def forward(self, inp): return super().forward(inp)
+    check_grads(Noted(3, 2), rand(4, 3).float(), show=False)
+    m = Lin(3, 2)
+    m.forward = lambda inp, f=m.forward: 2*f(inp)
+    for nodes in (False,True):
+        with pytest.raises(GradError, match='forward was replaced'): m.as_nodes(nodes)(torch.randn(4, 3))
+
+def test_other_defaults_in_bwd():
+    with pytest.raises(TypeError, match='same default'):
+        class L(Module):
+            def forward(self, x, k=2.): return x*k
+            def bwd(self, out, x, k=1.): x.g = out.g*k
+
+
+# What is on a tensor
+
+@both
+def test_a_number_called_const_on_an_output(nodes):
+    class Scale(Module):
+        def forward(self, x):
+            out = 3*x
+            out.const = 3.
+            return out
+        def bwd(self, out, x): x.g = out.g*3.
+    class Net(Module):
+        def __init__(self): self.lin,self.scale = Lin64(3, 3),Scale()
+        def forward(self, x):
+            h = self.lin(x)
+            return (h+self.scale(h)).sum()
+    m = Net().as_nodes(nodes)
+    m(rand(2, 3)).backward()
+    close(m.lin.b.g, 8*ones(3), **tight)
+
+def test_a_constant_that_is_asked_for_its_gradient():
+    t = torch.ones(2, 3)
+    from fnnlite import const
+    c = const(t).requires_grad_()
+    m = Lin(3, 1)
+    m(c).sum().backward()
+    close(c.grad, m.w.detach().t().expand(2, 3))
+    enc,head = Lin(3, 3).as_nodes(),Lin(3, 1)
+    enc.freeze()
+    f = enc(t).requires_grad_()
+    head(f).sum().backward()
+    close(f.grad, head.w.detach().t().expand(2, 3))
+
+def test_g_of_an_earlier_pass_goes_between_nodes_too():
+    m,x = Model([Lin64(3, 1)]),rand(2, 3)
+    m(x).sum().backward()
+    m.as_nodes()(x).sum().backward()
+    assert x.g is None
+
+
+# Everyday programs
+
+def test_a_frozen_encoder_and_a_head():
+    enc,head,x = Lin64(3, 3).freeze(),Lin64(3, 1),rand(2, 3)
+    for _ in range(2): head(enc(x)).sum().backward()
+    f = lambda w, b: 2*((x@enc.w.detach()+enc.b.detach())@w+b).sum()
+    close([head.w.g, head.b.g], by_torch(f, head.w, head.b), **tight)
+    h = enc(x)
+    head(h).sum().backward()
+    enc.backward()
+    close(x.g, (head.w@ones(1, 2)).t()@enc.w.t(), **tight)
+
+def test_flat_parameters():
+    "Side by side in one memory, as some optimizers have them."
+    m,x = Model([Lin64(3, 3), Tanh(), Lin64(3, 1)]),rand(2, 3)
+    v = nn.utils.parameters_to_vector(m.parameters()).detach().clone()
+    nn.utils.vector_to_parameters(v, m.parameters())
+    m(x).sum().backward()
+    close([p.g for p in m.parameters()], by_torch(lambda w, b, v, c: (((x@w+b).tanh())@v+c).sum(), *m.parameters()), **tight)
+
+def test_a_rule_that_is_no_gradient_inside_a_wrap():
+    from fnnlite import Wrap
+    class Ste(Module):
+        exact = False
+        def forward(self, x): return x.round()
+        def bwd(self, out, x): x.g = out.g
+    lin,x = Lin64(3, 3),rand(2, 3)
+    Model([lin, Wrap(nn.Sequential(Ste(), nn.Tanh()))])(x).sum().backward()
+    h = (x@lin.w+lin.b).detach().round()
+    close(lin.b.g, (1-h.tanh()**2).sum(0), **tight)

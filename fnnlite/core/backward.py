@@ -80,7 +80,7 @@ def walk(
     ready=None, # is called with each parameter as soon as it has its `.g`
 )->dict: # the gradient of each source: (call, output) or leaf
     "Walk back over `calls`, from the last to the first"
-    grads,unknown = {},{}
+    grads,left_out = {},{}
     def add(source, g): grads[source] = grads[source]+g if source in grads else g
     for source,g in starts: add(source, g)
     take,ahead,given = grads.pop if free else grads.get,Counter(leaves_of(calls)) if ready else {},[]
@@ -91,7 +91,7 @@ def walk(
             if any(g is not None for g in gs):
                 for source,g in zip(call.sources, shares(call, gs, before, after)):
                     if g is not None: add(source, g)
-                    elif may_be_left_out(call, source): unknown[source] = call
+                    elif may_be_left_out(call, source): left_out[source] = call
             if not ready: continue
             for leaf in leaves_of([call]):
                 ahead[leaf] -= 1
@@ -99,8 +99,8 @@ def walk(
                 given.append((leaf.t, leaf.t.grad))
                 give(leaf.t, grads.pop(leaf, None))
                 ready(leaf.t)
-        guards.all_or_nothing(grads, unknown)
-    return {**grads, **dict.fromkeys(unknown)}
+        guards.all_or_nothing(grads, left_out)
+    return {**grads, **dict.fromkeys(left_out)}
 
 @contextmanager
 def undone_after_an_error(given):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['nothing', 'Boundary', 'showing', 'Held', 'unpack', 'as_node', 'walked_by_hand', 'walks_alone', 'is_live', 'left_on',
-           'from_outside', 'used_outside', 'recorded_call', 'watch_outside', 'recorded', 'is_transformed']
+           'from_outside', 'used_outside', 'of_an_earlier_pass', 'recorded_call', 'watch_outside', 'recorded',
+           'is_transformed']
 
 # %% ../../nbs/core/13_boundary.ipynb #b5d8d74d
 from collections import Counter
@@ -91,14 +92,18 @@ def from_outside(f, rec, ts):
 def used_outside(g): raise GradError(f"backward: a tensor of shape {tuple(g.shape)} was made inside a module's forward, is not in what the forward "
     "returned, and was used outside: return it, or keep it as an attribute of a module")
 
+def of_an_earlier_pass(inps):
+    "Take the `.g` away from inputs that autograd hasn't made"
+    for t in inps:
+        if 'g' in vars(t) and t.grad_fn is None: t.g,t.g_by = None,None
+
 def recorded_call(
     f, # a module, or a function
     *args, **kwargs, # what it gets; besides them only parameters and buffers of modules may come in
 )->tuple: # what it returns, as autograd's; the record; what it returned inside of the record
     "`f(*args, **kwargs)` as one node of autograd's graph"
     inps = tensors((args,kwargs), openly=False)
-    for t in inps:
-        if 'g' in vars(t) and t.grad_fn is None: t.g,t.g_by = None,None # of an earlier pass
+    of_an_earlier_pass(inps)
     modules,lean = list(f.modules()) if isinstance(f, nn.Module) else [],getattr(f, '_lean', False)
     for m in modules: no_hooks(m)
     rec = Record(inps, strict=True, audit=False, is_outermost=True, lean=lean, root=modules[0] if modules else None)
@@ -110,8 +115,9 @@ def recorded_call(
     from_outside(f, rec, tree_leaves(out))
     outs = list({id(o):o for o in tree_leaves((out,list(left.values())) if left else out) if is_live(rec, o)}.values())
     asked = [leaf.t for leaf in rec.leaves.values() if leaf.t.requires_grad]
-    if not asked or traced(): return out,rec,out
-    nodes = dict(zip(map(id, outs), as_node(rec, outs, asked))) if outs else {}
+    if traced(): return out,rec,out
+    shown = as_node(rec, outs, asked) if outs and asked else [o.detach() for o in outs] # nothing requires grad: plain tensors
+    nodes = dict(zip(map(id, outs), shown))
     rec.outside = [(o,ref(nodes[id(o)]),o._version) for o in outs]
     autograds = lambda o: tree_map(lambda t: nodes.get(id(t), t), o)
     for (m,k),o in left.items():
@@ -119,7 +125,7 @@ def recorded_call(
         if isinstance(o, list): o[:] = autograds(o)
         elif isinstance(o, dict): o.update(autograds(o))
         else: vars(m)[k] = autograds(o)
-    watch_outside(rec)
+    if asked: watch_outside(rec)
     return nodes.get(id(out), out) if isinstance(out, Tensor) else autograds(out),rec,out
 
 def watch_outside(rec):
@@ -135,7 +141,7 @@ def recorded(f):
     @wraps(f)
     def call(*args, **kwargs):
         rec = getattr(here, 'record', None)
-        if rec is not None: return f(*args, **kwargs) if rec.busy else rec.own(Kind(call), args, kwargs)
+        if rec is not None: return f(*args, **kwargs) if rec.busy else rec.one_call(Kind(call), args, kwargs)
         if getattr(here, 'through', False) or not (rule := registry.get(call)): return f(*args, **kwargs)
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors((args,kwargs), openly=False)): return f(*args, **kwargs)
         if not is_transformed(): return recorded_call(call, *args, **kwargs)[0]

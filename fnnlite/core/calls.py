@@ -138,7 +138,7 @@ class Record(Views, TorchFunctionMode):
         try: return self.called(f, args, kwargs or {})
         finally: self.busy -= 1
 
-    def own(self, kind, args, kwargs, params=()):
+    def one_call(self, kind, args, kwargs, params=()):
         "A call of a function that torch doesn't know, and that isn't to be looked into"
         self.busy += 1
         try:
@@ -151,7 +151,7 @@ class Record(Views, TorchFunctionMode):
         "Run `f`; if a gradient will go through it, note the call"
         kind = kinds.get(f) or kinds.setdefault(f, Kind(f))
         if kind.looks and not (self.is_traced and f is Tensor.tolist): return self.asks_gradient(args[0]) or f(*args) if f==asks else f(*args, **kwargs)
-        if kind.special: return self.switched(f, args) if f in modes else self.asked_for(f, args, kwargs)
+        if kind.special: return self.switched(f, args) if f in modes else self.set_requires_grad(f, args, kwargs)
         guards.can_see(self, f)
         if self.is_traced: guards.stays_in_graph(self, f)
         if kind.body is not None: return self.inside(kind.body, args, kwargs)
@@ -166,6 +166,7 @@ class Record(Views, TorchFunctionMode):
         sources = [] if self.no_grad or kind.cuts else [self.source(t, f) for t in ts]
         if not any(sources): return self.constant(f, args, kwargs, ts, versions)
         if kind.escapes: guards.stays_inside(self, f)
+        if 'out' in kwargs and isinstance(kwargs['out'], Tensor): self.fail(f, "writes what has a gradient into out=: leave it out")
         if kind.in_place or kind.may_be_in_place and rule.in_place(args, kwargs):
             target = args[0] if args else next(iter(kwargs.values()))
             if isinstance(target, Tensor) and not is_float(target): return self.constant(f, args, kwargs, ts, versions)
@@ -240,7 +241,7 @@ class Record(Views, TorchFunctionMode):
         try: return f(*args, **kwargs)
         finally: torch._C._set_grad_enabled(grad)
 
-    def asked_for(self, f, args, kwargs):
+    def set_requires_grad(self, f, args, kwargs):
         "`t.requires_grad_()`: a constant becomes a leaf; what came out of a call has a gradient anyway"
         t = args[0]
         if self.is_output(t): return t

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shape', 'can_see', 'not_in_a_function', 'stays_as_it_is', 'same_form', 'fresh', 'from_here', 'no_hook_inside',
-           'still_there', 'no_hook', 'apart_in_memory', 'entered_once', 'no_global_hooks', 'only_statistics',
+           'still_there', 'no_hook', 'reach', 'apart_in_memory', 'entered_once', 'no_global_hooks', 'only_statistics',
            'no_hooks', 'other_record', 'stays_inside', 'stays_in_graph', 'made_here', 'shows_each_once', 'unchanged',
            'has_rule', 'can_start', 'comes_in_time', 'can_reach', 'shown_as_it_was', 'in_words', 'as_it_was',
            'can_replace', 'replaces_only', 'with_shapes', 'note_shapes', 'upstream_as_it_was', 'passes',
@@ -76,6 +76,11 @@ def no_hook(t):
     if t._backward_hooks or t._post_accumulate_grad_hooks: raise GradError(f"backward: {shape(t)} has a hook, which only autograd would call: "
         "call backward() on the loss that a Model returns, or read .g in place of the hook")
 
+def reach(t):
+    "The first place in memory that `t` shows, and the last"
+    start = t.storage_offset()*t.element_size()
+    return start,start+(sum((n-1)*s for n,s in zip(t.shape, t.stride()))+1)*t.element_size()-1
+
 def apart_in_memory(params):
     "Refuse two parameters that share numbers: each would have a part of the gradient"
     in_memory = {}
@@ -83,7 +88,7 @@ def apart_in_memory(params):
     for same in in_memory.values():
         for i,p in enumerate(same):
             for o in same[:i]:
-                if torch._C._overlaps(p, o): raise GradError(f"backward: parameters of shape {tuple(o.shape)} and {tuple(p.shape)} share "
+                if reach(p)[0]<=reach(o)[1] and reach(o)[0]<=reach(p)[1]: raise GradError(f"backward: parameters of shape {tuple(o.shape)} and {tuple(p.shape)} share "
                     "their memory, and each would have a part of the gradient: use one parameter in both places")
 
 def entered_once(rec):
@@ -229,9 +234,9 @@ def passes(call, a, t):
     exact = call.rule.exact and not (call.rule.is_layer and not t.requires_grad and not hasattr(t, 'mark'))
     fits(a.g, a, (a.dtype,) if call.autocast is None else (torch.float32,torch.bfloat16,torch.float16), exact, lambda: f"{call}: {in_words(call, t)}")
 
-def all_or_nothing(grads, unknown):
+def all_or_nothing(grads, left_out):
     "Refuse a gradient that lacks the share of a call whose rule left it out"
-    for leaf,call in unknown.items():
+    for leaf,call in left_out.items():
         if leaf in grads: raise GradError(f"{call}: {in_words(call, leaf.t)} got no .g from its rule, but is used elsewhere too: assign it")
 
 def fits(g, t, dtypes, exact, who):

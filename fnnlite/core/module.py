@@ -13,7 +13,7 @@ import torch
 from torch import nn, Tensor
 from torch.compiler import is_compiling
 from fastcore.meta import PrePostInitMeta
-from .boundary import is_transformed, recorded_call, walked_by_hand, walks_alone
+from .boundary import is_transformed, of_an_earlier_pass, recorded_call, walked_by_hand, walks_alone
 from .calls import here
 from .guards import apart_in_memory
 from .nodes import as_node
@@ -44,6 +44,7 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         for name in {'__init__','bwd','backward'} & {*vars(cls)}: cls._well_named(name)
+        cls._goes_together()
         stand_in_class(cls) # while nothing is being compiled
     @classmethod
     def _well_named(cls, name):
@@ -54,6 +55,17 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         shown = f"{cls.__name__}: {name}({', '.join(args)})"
         if name=='backward' and args[:1]==['out']: raise TypeError(f"{shown} looks like a gradient rule: call it bwd")
         if name=='bwd' and ('out' in args[1:] or args[0] in inps[:1]): raise TypeError(f"{shown}, expected `out` first: bwd(self, out, ...)")
+
+    @classmethod
+    def _goes_together(cls):
+        "Refuse a new forward with the old bwd, and arguments with other defaults: TypeError"
+        if cls.bwd is Module.bwd: return
+        if 'forward' in vars(cls) and 'bwd' not in vars(cls): raise TypeError(f"{cls.__name__}: forward is its own, and bwd is another class's: "
+            "write a bwd, or say in the class that it is still right: bwd = Parent.bwd")
+        given,back = (signature(f).parameters for f in (cls.forward,cls.bwd))
+        for k in {*given}&{*back}:
+            if given[k].default is not back[k].default and given[k].default!=back[k].default: raise TypeError(
+                f"{cls.__name__}: forward has {k}={given[k].default!r}, and bwd {k}={back[k].default!r}: give both the same default")
 
     def __pre_init__(self, *args, **kwargs): super().__init__()
     def __post_init__(self, *args, **kwargs):
@@ -93,7 +105,9 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
     def __call__(self, *args, **kwargs):
         if is_compiling(): return self._as_nodes(args, kwargs)
         rec = getattr(here, 'record', None)
-        if rec is not None: return super().__call__(*args, **kwargs) if rec.busy else self._recorded(rec, args, kwargs)
+        if rec is not None and not rec.busy: return self._recorded(rec, args, kwargs)
+        if rec is not None and torch.is_grad_enabled() and not is_transformed(): return self._as_nodes(args, kwargs) # inside a Wrap
+        if rec is not None: return super().__call__(*args, **kwargs)
         if not torch.is_grad_enabled() or getattr(here, 'through', False): return super().__call__(*args, **kwargs)
         if is_transformed(): return self._transformed(args, kwargs)
         if self._nodes or getattr(here, 'nodes', False): return self._as_nodes(args, kwargs)
@@ -111,7 +125,7 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
             rec.settle(out)
         else:
             self._no_recorded_attributes(rec)
-            layer = lambda *args, **kwargs: rec.own(Layer(self, params), args, kwargs, params)
+            layer = lambda *args, **kwargs: rec.one_call(Layer(self, params), args, kwargs, params)
             params = self._bwd_params()
             out = self._hooked_call(layer, args, kwargs) if self._hooked() else layer(*args, **kwargs)
         use.done(rec, out)
@@ -127,6 +141,7 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         else: f = lambda *args, **kwargs: self._hooked_call(lambda *args, **kwargs: as_node(self, args, kwargs), args, kwargs)
         if is_compiling(): return f(*args, **kwargs)
         before,here.nodes = getattr(here, 'nodes', False),True
+        if not before: of_an_earlier_pass(tensors((args,kwargs), openly=False))
         try: return f(*args, **kwargs)
         finally: here.nodes = before
 
@@ -156,6 +171,8 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
 
     def _bwd_params(self):
         "The parameters that this module's own `bwd` has to assign"
+        if self.has_bwd and 'forward' in vars(self) and not hasattr(self.forward, '__wrapped__'): raise GradError(f"{type(self).__name__}: its forward "
+            "was replaced, and its bwd may not be its gradient: write a class with both, or wrap the forward, by functools.wraps, if it still is")
         if not self.has_bwd or not (self._parameters or self._modules): return []
         named = self.named_parameters(remove_duplicate=False) if self._modules else self._parameters.items()
         params = [p for _,p in named if p is not None]

@@ -78,7 +78,7 @@ def const(
 def wants(t:Tensor)->bool:
     "Is `t`'s gradient wanted? Not that of a constant, a frozen parameter, integers, or what is no tensor"
     if not isinstance(t, Tensor) or not is_float(t): return False
-    return t.requires_grad if is_param(t) else not getattr(t, 'const', False)
+    return t.requires_grad or not is_param(t) and getattr(t, 'const', False) is not True
 
 # %% ../../nbs/core/06_record.ipynb #28598eda
 internals = {*vars(nn.Module()), '_use', '_record', '_earlier'}-{'training'} # what torch and `Module` keep on every module
