@@ -88,7 +88,8 @@ def apart_in_memory(params):
     for same in in_memory.values():
         for i,p in enumerate(same):
             for o in same[:i]:
-                if reach(p)[0]<=reach(o)[1] and reach(o)[0]<=reach(p)[1]: raise GradError(f"backward: parameters of shape {tuple(o.shape)} and {tuple(p.shape)} share "
+                (a,b),(c,d) = reach(p),reach(o)
+                if a<=d and c<=b: raise GradError(f"backward: parameters of shape {tuple(o.shape)} and {tuple(p.shape)} share "
                     "their memory, and each would have a part of the gradient: use one parameter in both places")
 
 def entered_once(rec):

@@ -7,10 +7,9 @@ __all__ = ['packaged', 'Text', 'load_text', 'Pieces', 'text_loaders']
 
 # %% ../../nbs/data/54_texts.ipynb #f6cb71ef
 import bz2
-from pathlib import Path
+from importlib.resources import files
 from typing import NamedTuple
 import numpy as np, torch
-import fnnlite
 from .digits import ArrayDL, DataLoaders
 from .files import DataError, bad_file, open_regular
 
@@ -30,7 +29,7 @@ class Text(NamedTuple):
         "The numbers `ids` as a string"
         return ''.join(self.symbols[i] for i in ids)
 
-packaged = Path(fnnlite.__file__).parent/'texts'/'shakespeare.txt.bz2'
+packaged = files('fnnlite')/'texts'/'shakespeare.txt.bz2'
 
 def load_text(
     path=None, # of a text file in UTF-8; default: the one in the package
