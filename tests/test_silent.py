@@ -359,6 +359,18 @@ def test_other_defaults_in_bwd():
 # What is on a tensor
 
 @both
+def test_each_output_keeps_its_own(nodes):
+    class Two(Module):
+        def forward(self, x):
+            a,b = x*2,x*5
+            a.k,b.k = 2.,5.
+            return a,b
+        def bwd(self, out, x): x.g = sum(o.g*o.k for o in out)
+    x = rand(3).requires_grad_()
+    sum(Two().as_nodes(nodes)(x)).sum().backward()
+    close(x.grad, 7*ones(3), **tight)
+
+@both
 def test_a_number_called_const_on_an_output(nodes):
     class Scale(Module):
         def forward(self, x):
@@ -374,6 +386,24 @@ def test_a_number_called_const_on_an_output(nodes):
     m = Net().as_nodes(nodes)
     m(rand(2, 3)).backward()
     close(m.lin.b.g, 8*ones(3), **tight)
+
+@both
+@pytest.mark.parametrize('keep', ['tensor','array','list'])
+def test_what_is_kept_on_an_output_was_changed(keep, nodes):
+    class Norm(Module):
+        def __init__(self): self.register_buffer('s', torch.tensor(2., dtype=torch.float64)),setattr(self, 'a', np.array(2.)),setattr(self, 'l', [2.])
+        def forward(self, x):
+            out = x*self.s
+            out.s = dict(tensor=self.s, array=self.a, list=self.l)[keep]
+            return out
+        def bwd(self, out, x): x.g = out.g*(out.s[0] if keep=='list' else out.s if keep=='tensor' else float(out.s))
+    m,x = Norm().as_nodes(nodes),rand(3).requires_grad_()
+    loss = m(x).sum()
+    m.s.mul_(4)
+    m.a[...] = m.l[0] = 8.
+    try: loss.backward()
+    except (GradError,RuntimeError) as e: assert 'changed in place' in str(e) or 'inplace' in str(e)
+    else: close(x.grad, 2*ones(3), **tight)
 
 def test_a_constant_that_is_asked_for_its_gradient():
     t = torch.ones(2, 3)

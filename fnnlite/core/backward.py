@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from weakref import ref
 import torch
 from . import guards
-from .record import GradError, floats, is_float, is_param, maptree, path, tensors
+from .record import GradError, as_it_is, floats, is_float, is_param, maptree, path, tensors
 from .rules import NotSaved, name_of
 
 # %% ../../nbs/core/10_backward.ipynb #be00288a
 def kept_on(outs):
-    "What a `forward` of ours kept on the first of its outputs"
-    return {k:v for k,v in vars(outs[0]).items() if k not in ('mark','g','g_by','const')} if outs else {}
+    "What a `forward` of ours kept on each of its outputs"
+    return [{k:v for k,v in vars(o).items() if k not in ('mark','g','g_by','const')} for o in outs]
 
 class Call:
     "One use of a function or of a layer: what was called, what came in, what came out"
@@ -27,6 +27,7 @@ class Call:
         self.own,self.args,self.kwargs,self.out = own,args,kwargs,out # own: a layer's parameters
         self.module,self.root = (modules[0],modules[-1]) if modules else (None,None)
         self.outs,self.n_outs,self.kept = outs,len(outs),kept_on(outs) if kept is None else kept
+        self.kept_was = as_it_is(self.kept) if any(self.kept) else None
         self.autocast = rule.autocast_now(outs) # that the rule wants to run under
 
     param_aliases = ()
@@ -156,7 +157,7 @@ def shares(
 )->list: # a gradient for each source of the call, None for constants
     "Run the rule of `call`: what it contributes to the gradients of what came in"
     guards.as_it_was(call)
-    sources,upstream,wanted = iter(call.sources),iter(gs),[]
+    sources,upstream,kept,wanted = iter(call.sources),iter(gs),iter(call.kept),[]
     dtype = call.outs[0].dtype if call.rule.same_dtype else None
     def came_in(t):
         if not is_float(t): return t
@@ -167,7 +168,7 @@ def shares(
     def came_out(t):
         if not is_float(t): return t
         a,g = t.detach(),next(upstream)
-        if call.kept: vars(a).update(call.kept)
+        vars(a).update(next(kept))
         a.g = torch.zeros_like(t) if g is None else g
         return a
     own,args,kwargs = maptree(came_in, (call.own,call.args,call.kwargs))
@@ -187,7 +188,7 @@ def shares(
             if g is not None: g = g.to(t.dtype)
         gs.append(g)
     if call.has_params:
-        others = (seen.args,seen.kwargs,seen.out,[o.g for o in floats(seen.out)],list(seen.kept.values()))
+        others = (seen.args,seen.kwargs,seen.out,[o.g for o in floats(seen.out)],[v for k in seen.kept for v in k.values()])
         in_memory_of_their_own(gs, [t for _,t in wanted], floats(others))
     gs = iter(gs)
     return [None if s is None else next(gs) for s in call.sources]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from .record import GradError, floats, is_param, tensors
+from .record import GradError, as_it_is, floats, is_param, tensors
 from .rules import differentiating, escapes, hooking
 
 # %% ../../nbs/core/09_guards.ipynb #fafbfee0
@@ -190,6 +190,8 @@ def in_words(call, t):
 
 def as_it_was(call):
     "Refuse to run a rule where something it reads was changed in place"
+    if call.kept_was is not None and as_it_is(call.kept)!=call.kept_was: raise GradError(
+        f"{call}: what its forward kept on its output was changed in place after the call: keep a clone() or a copy")
     if [t._version for t in call.noted]==call.versions: return
     named = call.rule.named(call.args, call.kwargs)
     sources = call.sources[len(call.own):]

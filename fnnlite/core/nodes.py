@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from . import guards
 from .backward import in_memory_of_their_own
 from .record import GradError, const, maptree, tensors, wants
+from .views import settled
 from .stand_ins import as_called, autocast_of, is_known, layer_rule, stand_in
 
 # %% ../../nbs/core/15_nodes.ipynb #5d10a010
@@ -49,7 +50,7 @@ class Node(torch.autograd.Function):
         ctx.called = None if is_compiling() else as_called(module)
         outs = [o.detach() for o in tensors(out)]
         kept = [{} if any(o is t for t in ts) else _kept(module, o) for o in tensors(out)]
-        ctx.trees = _holes((args,kwargs,out,kept))
+        ctx.trees = _holes(settled((args,kwargs,out,kept)) if not is_compiling() else (args,kwargs,out,kept))
         unwanted = [d for d,o in zip(outs, tensors(out)) if not wants(o)]
         if unwanted: ctx.mark_non_differentiable(*unwanted)
         ctx.save_for_backward(*ts, *outs, *tensors(kept))

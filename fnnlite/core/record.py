@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['plain', 'internals', 'GradError', 'traced', 'tensors', 'gather', 'maptree', 'is_float', 'is_param', 'floats', 'const',
-           'wants', 'held', 'path']
+           'wants', 'held', 'as_it_is', 'path']
 
 # %% ../../nbs/core/06_record.ipynb #1a5ea008
+from numpy import ndarray
 import torch
 from torch import nn, Tensor
 from torch.compiler import is_compiling
@@ -86,6 +87,17 @@ def held(module):
     "A module's own attributes, and its buffers"
     own = [(k,v) for k,v in vars(module).items() if k not in internals]
     return [*own, *module._buffers.items()] if module._buffers else own
+
+def as_it_is(v,
+    numbers=True, # those in tensors too?
+):
+    "What tells whether `v` is changed later"
+    if type(v) in plain: return type(v),v
+    if isinstance(v, Tensor): return id(v),v._version if numbers else 0,v
+    if isinstance(v, ndarray): return v.shape,v.tobytes()
+    if isinstance(v, dict): return {k:as_it_is(o, numbers) for k,o in v.items()}
+    if isinstance(v, (list,tuple)): return [as_it_is(o, numbers) for o in v]
+    return id(v),{k:o for k,o in getattr(v, '__dict__', {}).items() if type(o) in plain},v
 
 def path(module, root):
     "How errors name `module`: its class, and where it sits in `root`"

@@ -14,8 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from ..core.module import Module
-from ..core.record import const, internals, plain as plain_types
-from ..core.stand_ins import as_it_is
+from ..core.record import as_it_is, const, internals, plain as plain_types
 from .graphs import NotOneGraph, captured, changed_by, machine_code, op_by_op, same_graph, same_tensors, written_down
 from .libraries import warn
 from .optimizers import Optimizer
