@@ -107,9 +107,10 @@ def check_module(info, most=None)->Counter:
 
 def main(names):
     torch.set_num_threads(1)
-    every,total,right = {**database(), **modules()},Counter(),set()
+    functions,total,right = database(),Counter(),set()
+    every = {**functions, **modules()}
     for name in names or every:
-        seen = (check if name in database() else check_module)(every[name])
+        seen = (check if name in functions else check_module)(every[name])
         for what,n in seen.items():
             total[what.partition(':')[0]] += n
             if not what.startswith(('right','skipped')): print(f"{name}: {n} × {what}", flush=True)

@@ -455,3 +455,73 @@ def test_a_rule_that_is_no_gradient_inside_a_wrap():
     Model([lin, Wrap(nn.Sequential(Ste(), nn.Tanh()))])(x).sum().backward()
     h = (x@lin.w+lin.b).detach().round()
     close(lin.b.g, (1-h.tanh()**2).sum(0), **tight)
+
+
+# Walks by hand, inside one record
+
+class Side(Module):
+    "A torch function stands on one of two ways."
+    def __init__(self): self.a,self.b,self.c,self.add = Lin64(3, 3),Lin64(3, 3),Lin64(3, 3),Add()
+    def forward(self, x):
+        h = self.a(x)
+        return self.add(self.b(h), self.c(h.tanh()))
+
+def test_layer_by_layer_past_a_function_that_is_not_walked():
+    m = Side()
+    m(rand(2, 3))
+    m.add.backward(ones(2, 3))
+    for l in (m.c,m.b): l.backward()
+    with pytest.raises(GradError, match="Lin: .*tanh.* hasn't been walked"): m.a.backward()
+    assert m.a.w.g is None
+    m = Model([Lin64(3, 1), nn.Tanh(), Lin64(1, 1)])
+    m(rand(1, 3))
+    m.layers[2].backward(ones(1, 1))
+    with pytest.raises(GradError, match="hasn't been walked"): m.layers[0].backward() # not from 1
+
+def test_what_nobody_walks_to_may_be_left_out():
+    "A number to look at, on a way that ends."
+    class Net(Module):
+        def __init__(self): self.a,self.b = Lin64(3, 3),Lin64(3, 3)
+        def forward(self, x):
+            h = self.a(x)
+            self.size = h.detach().norm()+(h*2).sum().detach()
+            return self.b(h)
+    m,x = Net(),rand(2, 3)
+    m(x)
+    m.b.backward(ones(2, 3))
+    m.a.backward()
+    close(x.g, ones(2, 3)@m.b.w.t()@m.a.w.t(), **tight)
+
+def test_a_walk_that_comes_too_late():
+    class Net(Module):
+        def __init__(self): self.a,self.b,self.c = Lin64(3, 3),Lin64(3, 3),Lin64(3, 3)
+        def forward(self, x):
+            h = self.a(x)
+            return self.b(h),self.c(h)
+    m = Net()
+    m(rand(2, 3))
+    m.b.backward(ones(2, 3))
+    m.a.backward()
+    with pytest.raises(GradError, match='walked back already'): m.c.backward(ones(2, 3))
+    assert m.c.w.g is None
+
+# What stands behind a name
+
+@pytest.mark.parametrize('by_hand', [False,True])
+def test_other_numbers_given_to_a_parameter(by_hand):
+    "Through `.data`, which no version counts; between nodes, too."
+    double = dict(dtype=torch.float64)
+    for net in (Model([Lin64(3, 3), Lin64(3, 1)]),Model(nn.Sequential(nn.Linear(3, 3, **double), nn.Linear(3, 1, **double)))):
+        loss = net(rand(2, 3)).sum()
+        for p in net.parameters(): p.data = torch.zeros_like(p)
+        with pytest.raises(GradError, match='other numbers'): net.backward(ones(2, 1)) if by_hand else loss.backward()
+    m = Model([Lin64(3, 3), Lin64(3, 1)]).as_nodes()
+    loss = m(rand(2, 3)).sum()
+    for p in m.parameters(): p.data = torch.zeros_like(p)
+    with pytest.raises(GradError, match='other numbers'): loss.backward()
+
+def test_a_forward_from_a_mixin():
+    class Doubled:
+        def forward(self, inp): return 2*super().forward(inp)
+    with pytest.raises(TypeError, match='bwd = Parent.bwd'):
+        class L(Doubled, Lin): pass

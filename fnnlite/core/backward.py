@@ -30,10 +30,11 @@ class Call:
         self.kept_was = as_it_is(self.kept) if any(self.kept) else None
         self.autocast = rule.autocast_now(outs) # that the rule wants to run under
 
-    param_aliases = ()
+    param_aliases,walked,has_params = (),False,False
     def notice(self, ts):
-        "From now on the numbers of `ts` must stay as they are, if the rule reads them"
+        "From now on the numbers of `ts` must stay as they are, if the rule reads them; no version counts `p.data = ...`"
         self.noted,self.versions = ts,[t._version for t in ts]
+        self.memory = guards.memory_of(filter(is_param, ts)) if self.has_params else ()
 
     def made(self):
         "The tensors that it made, as far as they are still there"

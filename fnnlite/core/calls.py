@@ -75,13 +75,14 @@ class Record(Views, TorchFunctionMode):
         "Walk over `calls` and put the gradients on the tensors; those that autograd asked for, by their id"
         guards.still_there(self)
         guards.can_reach(starts, calls)
-        guards.comes_in_time(self)
         guards.apart_in_memory([leaf.t for leaf in self.leaves.values() if is_param(leaf.t)])
         todo = self.made[calls]
+        guards.comes_in_time(self, todo)
         free = free and len(todo)==len(self.made) # not of a part
         walked = [] if free else list(todo)
         if free: self.made,self.used,self.freed = [],[],True
         grads = walk(starts, todo, free=free, **kwargs)
+        for call in walked: call.walked = True
         if not torch._C._are_functorch_transforms_active(): publish(self, grads, walked, asked) # else a gradient is several, of `is_grads_batched`
         return {id(t):grads[leaf] for t in asked if (leaf := self.leaf(t)) in grads}
 

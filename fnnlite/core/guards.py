@@ -6,9 +6,9 @@
 __all__ = ['shape', 'can_see', 'not_in_a_function', 'stays_as_it_is', 'same_form', 'fresh', 'from_here', 'no_hook_inside',
            'still_there', 'no_hook', 'reach', 'apart_in_memory', 'entered_once', 'no_global_hooks', 'only_statistics',
            'no_hooks', 'other_record', 'stays_inside', 'stays_in_graph', 'made_here', 'shows_each_once', 'unchanged',
-           'has_rule', 'can_start', 'comes_in_time', 'can_reach', 'shown_as_it_was', 'in_words', 'as_it_was',
-           'can_replace', 'replaces_only', 'with_shapes', 'note_shapes', 'upstream_as_it_was', 'passes',
-           'all_or_nothing', 'fits', 'OnlyItsOwn', 'only_its_own', 'Watch']
+           'has_rule', 'can_start', 'comes_in_time', 'consumers_walked', 'can_reach', 'shown_as_it_was', 'in_words',
+           'memory_of', 'same_memory', 'as_it_was', 'can_replace', 'replaces_only', 'with_shapes', 'note_shapes',
+           'upstream_as_it_was', 'passes', 'all_or_nothing', 'fits', 'OnlyItsOwn', 'only_its_own', 'Watch']
 
 # %% ../../nbs/core/09_guards.ipynb #e09ed16e
 from contextlib import contextmanager
@@ -164,11 +164,24 @@ def can_start(rec, o, g):
         raise GradError(f"backward: got a gradient of {tuple(g.shape)} {g.dtype}, expected {tuple(o.shape)} {o.dtype}")
     return source
 
-def comes_in_time(rec):
+def comes_in_time(rec, calls):
     "Refuse to give a gradient to what a call made that was walked by hand already: it would lack this one"
-    for leaf in rec.leaves.values():
-        if rec.walked_by is None and getattr(leaf.t, 'walked', False): raise GradError(f"backward: the call that made {shape(leaf.t)}, "
-            "an input, was walked back already, without this gradient: walk it back after all that use its output")
+    came_in = [leaf.t for leaf in rec.leaves.values() if rec.walked_by is None and getattr(leaf.t, 'walked', False)]
+    start = calls[0].n if calls else 0
+    if start and not calls[0].walked: # of a part, for the first time
+        ns = {s[0] for call in calls for s in call.sources if type(s) is tuple and s[0]<start}
+        came_in += [rec.made[n].outs[0] for n in ns if rec.made[n].walked]
+    for t in came_in: raise GradError(f"backward: the call that made {shape(t)}, an input, was walked back already, without this gradient: "
+        "walk it back after all that use its output")
+
+def consumers_walked(who, rec, stop, sources):
+    "Refuse to go on by hand where a call from `stop` on, on the way to what was walked, has used one of `sources` and wasn't walked itself"
+    needed = set()
+    for call in reversed(rec.made[stop:]):
+        if not call.walked and not any((call.n,i) in needed for i in range(call.n_outs)): continue
+        if not call.walked and not {*sources}.isdisjoint(call.sources): raise GradError(f"{who}: {call}, which used its output, "
+            "hasn't been walked back, and its share would be lost: call backward() on the module around both")
+        needed.update(call.sources)
 
 def can_reach(starts, calls):
     "Refuse to start behind the `calls` that are walked"
@@ -188,8 +201,16 @@ def in_words(call, t):
         if any(o is t for o in tensors(v)): return f"argument '{name}'"
     return 'the output'
 
+def memory_of(params): return [(p,p.untyped_storage()._cdata) for p in params]
+def same_memory(who, memory, name=lambda t: 'a parameter'):
+    "Refuse a parameter that has other numbers since `memory_of` was asked, in another place: no version counts that"
+    for t,was in memory:
+        if t.untyped_storage()._cdata!=was: raise GradError(f"{who}: {name(t)}, {shape(t)}, was given other numbers "
+            "after the call, by .data or a move: call backward() before")
+
 def as_it_was(call):
     "Refuse to run a rule where something it reads was changed in place"
+    same_memory(call, call.memory, lambda t: in_words(call, t))
     if call.kept_was is not None and as_it_is(call.kept)!=call.kept_was: raise GradError(
         f"{call}: what its forward kept on its output was changed in place after the call: keep a clone() or a copy")
     if [t._version for t in call.noted]==call.versions: return

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from fastcore.meta import PrePostInitMeta
 from .boundary import is_transformed, of_an_earlier_pass, recorded_call, walked_by_hand, walks_alone
 from .calls import here
-from .guards import apart_in_memory
+from .guards import apart_in_memory, consumers_walked
 from .nodes import as_node
 from .record import GradError, floats, held, is_param, path, tensors, wants
 from .stand_ins import Layer, stand_in_class
@@ -60,7 +60,8 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
     def _goes_together(cls):
         "Refuse a new forward with the old bwd, and arguments with other defaults: TypeError"
         if cls.bwd is Module.bwd: return
-        if 'forward' in vars(cls) and 'bwd' not in vars(cls): raise TypeError(f"{cls.__name__}: forward is its own, and bwd is another class's: "
+        place = lambda name: next(i for i,c in enumerate(cls.__mro__) if name in vars(c))
+        if place('forward')<place('bwd'): raise TypeError(f"{cls.__name__}: forward is newer than bwd, which is {cls.__mro__[place('bwd')].__name__}'s: "
             "write a bwd, or say in the class that it is still right: bwd = Parent.bwd")
         given,back = (signature(f).parameters for f in (cls.forward,cls.bwd))
         for k in {*given}&{*back}:
@@ -223,6 +224,7 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
             "call backward() on the loss, which walks over all, or put what calls it twice into a Module")
         outs = [o for o in floats(self._of_loss(use.out)) if rec.is_output(o)]
         if not outs: raise GradError(f"{type(self).__name__}: nothing in its last call wants a gradient")
+        if g is None: consumers_walked(type(self).__name__, rec, use.calls.stop, [rec.source(o, 'backward') for o in outs])
         gs = self._upstream(outs, g, rec, use)
         with walks_alone(rec, 'hand'):
             rec.walk_back(rec.starts(outs, gs), use.calls, free=free or rec.lean, ready=ready, before=before, after=after)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from . import guards
-from .backward import in_memory_of_their_own
+from .backward import in_memory_of_their_own, kept_on
 from .record import GradError, const, maptree, tensors, wants
-from .views import settled
 from .stand_ins import as_called, autocast_of, is_known, layer_rule, stand_in
+from .views import settled
 
 # %% ../../nbs/core/15_nodes.ipynb #5d10a010
 class Hole:
@@ -24,7 +24,7 @@ def _fill(o, ts): return maptree(lambda _: next(ts), o, Hole)
 def _kept(module, o):
     "What `forward` kept on its output `o`; a compiler must be told the names"
     if is_compiling(): return {k:getattr(o, k) for k in (module.saves or '').split() if hasattr(o, k)}
-    return {k:v for k,v in vars(o).items() if k not in ('const','mark','g')}
+    return kept_on([o])[0]
 
 def named(module, args, kwargs):
     "The tensors in the arguments and parameters of a call, with their names"
@@ -47,10 +47,11 @@ class Node(torch.autograd.Function):
         if ctx.autocast is None: out = forward(*args, **kwargs)
         else: # torch 2.10 would find a weight cast here, without grad, in its cache where it is used next
             with torch.autocast(*ctx.autocast, cache_enabled=False): out = forward(*args, **kwargs)
-        ctx.called = None if is_compiling() else as_called(module)
+        ctx.called,ctx.memory = (None,()) if is_compiling() else (as_called(module),guards.memory_of(module._bwd_params()))
         outs = [o.detach() for o in tensors(out)]
         kept = [{} if any(o is t for t in ts) else _kept(module, o) for o in tensors(out)]
-        ctx.trees = _holes(settled((args,kwargs,out,kept)) if not is_compiling() else (args,kwargs,out,kept))
+        trees = _holes((args,kwargs,out,kept))
+        ctx.trees = trees if is_compiling() else settled(trees)
         unwanted = [d for d,o in zip(outs, tensors(out)) if not wants(o)]
         if unwanted: ctx.mark_non_differentiable(*unwanted)
         ctx.save_for_backward(*ts, *outs, *tensors(kept))
@@ -61,6 +62,7 @@ class Node(torch.autograd.Function):
         if torch.is_grad_enabled() and not is_compiling(): raise GradError(f"{type(ctx.module).__name__}: backward with create_graph=True asks for a "
             "second derivative, which no bwd has")
         (args,kwargs,out,kept),module = ctx.trees,ctx.module
+        guards.same_memory(type(module).__name__, ctx.memory)
         if not isinstance(out, Hole): gs = gs[1:]
         real,saved,asked = module._bwd_params(),ctx.saved_tensors,ctx.needs_input_grad[3:]
         n,upstream = len(asked),[g for g in gs if g is not None]

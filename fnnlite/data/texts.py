@@ -10,7 +10,7 @@ import bz2
 from importlib.resources import files
 from typing import NamedTuple
 import numpy as np, torch
-from .digits import ArrayDL, DataLoaders
+from .digits import ArrayDL, DataLoaders, SeededDL
 from .files import DataError, bad_file, open_regular
 
 # %% ../../nbs/data/54_texts.ipynb #3b7b92b3
@@ -55,7 +55,7 @@ def load_text(
     return Text(ids[:cut], ids[cut:], symbols)
 
 # %% ../../nbs/data/54_texts.ipynb #cb9a2c89
-class Pieces:
+class Pieces(SeededDL):
     "Batches `(xb,yb)` of random pieces of the text `ids` (N): (bs,T), and the same one place further on"
     def __init__(self,
         ids, # numbers of symbols (N)
@@ -70,19 +70,10 @@ class Pieces:
     def __len__(self): return self.n
 
     def __iter__(self):
-        seed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]
-        g = torch.Generator('cpu').manual_seed(int(seed))
-        starts = torch.randint(len(self.ids)-self.T, (self.n,self.bs,1), generator=g, device='cpu').to(self.ids.device)
+        starts = torch.randint(len(self.ids)-self.T, (self.n,self.bs,1), generator=self.drawing(), device='cpu').to(self.ids.device)
         self.epoch += 1
         steps = torch.arange(self.T, device=self.ids.device)
         for s in starts: yield self.ids[s+steps],self.ids[s+steps+1]
-
-    def one_batch(self):
-        "The first batch of the epoch to come"
-        epoch = self.epoch
-        batch = next(iter(self))
-        self.epoch = epoch
-        return batch
 
 def text_loaders(
     text:Text,

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..core.module import Module
+from .seeing import evaluating
 from ..ops.embeddings import Embedding
 from ..ops.linears import Lin
 from ..ops.recurrences import LSTM
@@ -98,7 +99,6 @@ class GPT(nn.Module):
         net.load_state_dict(ts)
         return net
 
-    @torch.no_grad()
     def generate(self,
         ids, # a beginning (n,T)
         n:int, # how many symbols to add
@@ -108,13 +108,11 @@ class GPT(nn.Module):
     ):
         "`ids` with `n` more symbols, drawn one after another: (n,T+n)"
         draw = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
-        was = self.training
-        self.eval()
-        for _ in range(n):
-            scores = self(ids[:, -self.n_ctx:])[:, -1]
-            if top_k: scores[scores<scores.topk(min(top_k, scores.shape[-1])).values[:, -1:]] = -torch.inf
-            if temperature: new = (scores/temperature).softmax(-1).multinomial(1, generator=draw)
-            else: new = scores.argmax(-1, keepdim=True)
-            ids = torch.cat([ids, new], 1)
-        self.train(was)
+        with evaluating(self):
+            for _ in range(n):
+                scores = self(ids[:, -self.n_ctx:])[:, -1]
+                if top_k: scores[scores<scores.topk(min(top_k, scores.shape[-1])).values[:, -1:]] = -torch.inf
+                if temperature: new = (scores/temperature).softmax(-1).multinomial(1, generator=draw)
+                else: new = scores.argmax(-1, keepdim=True)
+                ids = torch.cat([ids, new], 1)
         return ids
