@@ -2,6 +2,7 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'fnnlite'},
   'syms': { 'fnnlite.commands': { 'fnnlite.commands._by_decay': ('commands.html#_by_decay', 'fnnlite/commands.py'),
+                                  'fnnlite.commands._checked': ('commands.html#_checked', 'fnnlite/commands.py'),
                                   'fnnlite.commands._net': ('commands.html#_net', 'fnnlite/commands.py'),
                                   'fnnlite.commands._numbers': ('commands.html#_numbers', 'fnnlite/commands.py'),
                                   'fnnlite.commands._one_line_errors': ('commands.html#_one_line_errors', 'fnnlite/commands.py'),

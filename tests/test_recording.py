@@ -1136,6 +1136,12 @@ def test_as_strided(f):
     want.backward(g)
     torch.testing.assert_close(x.g, y.grad)
 
+def test_as_strided_beside_its_input():
+    "A part that reads numbers its input doesn't show, whose gradient would be lost"
+    x = rand(4, 4)
+    with recording() as rec: out = (x*2)[:2].as_strided((3,2), (4,1)).sum()
+    with pytest.raises(NotImplementedError, match='does not show'): rec.backward(out)
+
 def test_as_strided_of_what_shows_a_number_twice():
     x = rand(1, 4)
     with recording() as rec: out = (x*2).expand(4, 4).as_strided((2,2), (0,1)).sum()

@@ -216,14 +216,16 @@ def test_in_half_precision(kind):
     model(x)[0].sum().backward()
     assert all(p.grad.dtype==torch.bfloat16 for p in net.parameters())
     net.float().zero_grad()
+    try:
+        with torch.autocast('cpu'): out = net(x.float())[0]
+    except RuntimeError as e: pytest.skip(f"torch's own: {e}") # a processor without bfloat16
+    out.float().sum().backward()
+    want = [p.grad for p in net.parameters()]
+    net.zero_grad()
     with torch.autocast('cpu'): out = Model(net)(x.float())[0]
     out.float().sum().backward()
-    got = [p.grad.clone() for p in net.parameters()]
-    net.zero_grad()
-    with torch.autocast('cpu'): out = net(x.float())[0]
-    out.float().sum().backward()
-    for p,g in zip(net.parameters(), got):
-        assert g.dtype==torch.float32 and (g-p.grad).norm()<.05*p.grad.norm()
+    for p,w in zip(net.parameters(), want):
+        assert p.grad.dtype==torch.float32 and (w-p.grad).norm()<.05*w.norm()
 
 
 # Attention, as torch composes it

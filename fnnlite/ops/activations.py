@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ..core.checks import check_inp
 from ..core.module import Module
 from ..core.record import wants
-from ..core.rules import elementwise, gradient_of
+from ..core.rules import by_rule, elementwise, gradient_of
 aten = torch.ops.aten
 
 # %% ../../nbs/ops/26_activations.ipynb #52791031
@@ -30,9 +30,7 @@ def relu(inp, leak=0., sub=0., maxv=None):
 def relu_grad(out, inp, leak=0., sub=0., maxv=None):
     "The gradient of `relu`"
     if not wants(inp): return
-    if not (leak or sub or maxv is not None):
-        inp.g = torch.ops.aten.threshold_backward(out.g, out, 0) # out.g where out>0, in one pass
-        return
+    if not (leak or sub or maxv is not None): return by_rule(F.relu, out, inp)
     g = torch.where(inp>0, out.g, leak*out.g if leak else 0.)
     inp.g = g if maxv is None else torch.where(relu(inp, leak, sub)<=maxv, g, 0.)
 

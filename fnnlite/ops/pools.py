@@ -108,15 +108,15 @@ def windows(n, kernel_size, stride, padding):
     sizes = [each(v, n) for v in (kernel_size, stride or kernel_size, padding)]
     return [(row,*v) for row,v in zip((1,1,0), sizes)] if n==1 else sizes
 
-def avg_pooling(f, n, backward):
+def avg_pooling(f, n, kernel):
     "Register the rule of `f`, which takes means over windows of `n` dimensions"
-    def kernel(out, inp, kernel_size, stride=None, padding=0, ceil_mode=False,
+    def by_kernel(out, inp, kernel_size, stride=None, padding=0, ceil_mode=False,
         count_include_pad=True, divisor_override=None):
-        return backward(as_image(out.g, n), as_image(form_of(inp), n),
+        return kernel(as_image(out.g, n), as_image(form_of(inp), n),
             *windows(n, kernel_size, stride, padding), ceil_mode, count_include_pad,
             divisor_override).reshape(inp.shape)
 
-    @gradient_of(f, saves='', kernel=kernel)
+    @gradient_of(f, saves='', kernel=by_kernel)
     def avg_pool_grad(out, inp, kernel_size, stride=None, padding=0, ceil_mode=False,
         count_include_pad=True, divisor_override=None):
         k,s,p = windows(n, kernel_size, stride, padding)
@@ -124,22 +124,22 @@ def avg_pooling(f, n, backward):
             (0,p[i]), ceil_mode, count_include_pad, divisor_override and 1))
         if divisor_override: inp.g = inp.g/divisor_override
 
-def adaptive_avg_pooling(f, n, backward):
+def adaptive_avg_pooling(f, n, kernel):
     "Register the rule of `f`, which takes means over windows that fit the output's size"
-    def kernel(out, inp, output_size):
-        return backward(as_image(out.g, n), as_image(form_of(inp), n)).reshape(inp.shape)
+    def by_kernel(out, inp, output_size):
+        return kernel(as_image(out.g, n), as_image(form_of(inp), n)).reshape(inp.shape)
 
-    @gradient_of(f, saves='', kernel=kernel)
+    @gradient_of(f, saves='', kernel=by_kernel)
     def adaptive_avg_pool_grad(out, inp, output_size):
         inp.g = along_each(out, inp, n,
             lambda rows,i: F.adaptive_avg_pool2d(rows, (1,out.shape[i])))
 
-avg_pooling(torch.avg_pool1d, 1, aten.avg_pool2d_backward)
-avg_pooling(_nn.avg_pool2d, 2, aten.avg_pool2d_backward)
-avg_pooling(_nn.avg_pool3d, 3, aten.avg_pool3d_backward)
-adaptive_avg_pooling(torch.adaptive_avg_pool1d, 1, aten._adaptive_avg_pool2d_backward)
-adaptive_avg_pooling(_nn.adaptive_avg_pool2d, 2, aten._adaptive_avg_pool2d_backward)
-adaptive_avg_pooling(_nn.adaptive_avg_pool3d, 3, aten._adaptive_avg_pool3d_backward)
+avg_pooling(torch.avg_pool1d, 1, kernel=aten.avg_pool2d_backward)
+avg_pooling(_nn.avg_pool2d, 2, kernel=aten.avg_pool2d_backward)
+avg_pooling(_nn.avg_pool3d, 3, kernel=aten.avg_pool3d_backward)
+adaptive_avg_pooling(torch.adaptive_avg_pool1d, 1, kernel=aten._adaptive_avg_pool2d_backward)
+adaptive_avg_pooling(_nn.adaptive_avg_pool2d, 2, kernel=aten._adaptive_avg_pool2d_backward)
+adaptive_avg_pooling(_nn.adaptive_avg_pool3d, 3, kernel=aten._adaptive_avg_pool3d_backward)
 
 # %% ../../nbs/ops/27_pools.ipynb #96733a80
 def resizing(f, n, of_images):

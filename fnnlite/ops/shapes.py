@@ -124,7 +124,9 @@ def as_strided_grad(out, inp, size, stride, storage_offset=None):
     own = positions(inp.shape, inp.stride(), inp.storage_offset())
     if len(own.unique())<len(own): raise NotImplementedError('as_strided: the input shows a number more than once; take a clone() of it')
     start = inp.storage_offset() if storage_offset is None else storage_offset
-    sums = out.g.new_zeros(n).index_add(0, positions(size, stride, start), out.g.flatten())
+    read = positions(size, stride, start)
+    if not torch.isin(read, own).all(): raise NotImplementedError('as_strided: it reads numbers that its input does not show; give it those')
+    sums = out.g.new_zeros(n).index_add(0, read, out.g.flatten())
     inp.g = sums[own].reshape(inp.shape)
 
 # %% ../../nbs/ops/28_shapes.ipynb #7220011c
