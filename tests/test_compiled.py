@@ -1,5 +1,6 @@
 "`compile_step`: the same weights as the ordinary step, whatever is changed in between; what can't be one graph is run as it is."
 import random, re
+from copy import deepcopy
 from functools import partial
 from threading import Thread
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from fnnlite import SGD, Adam, AdamW, CrossEntropy, DataLoaders, Dropout, GradEr
 from fnnlite import Lin, Model, Module, Mse, RMSprop, Relu, Tanh, accuracy, compile_step
 from fnnlite.core.record import const
 from fnnlite.train import compiled
-from fnnlite.train.callbacks import Callback, Checkpoint, OneCycle
+from fnnlite.train.callbacks import Callback, Checkpoint, ClipGrads, OneCycle
 from helpers import rand
 
 Lin64 = partial(Lin, dtype=torch.float64)
@@ -543,13 +544,56 @@ def test_all_of_a_step_is_on_the_gpu(monkeypatch, opt):
     for ts,batch in seen: assert all(t.is_cuda for t in ts) and [ts[i].shape for i in batch]==[(8,4),(8,)]
 
 
+# In the middle of a step
+
+class Scale:
+    "Doubles what flows back into the first layer's output, halves its parameters' share, and clips."
+    by = 2.
+    def before(self, call):
+        if call.name=='Relu': call.out.g = self.by*call.out.g
+    def after(self, call):
+        for p in call.params: p.g = p.g/self.by
+    def clip(self, model): nn.utils.clip_grad_norm_(model.parameters(), .1)
+
+@pytest.mark.parametrize('graphs', [1,2], ids=['still','changed'])
+def test_before_after_and_before_step(interpreted, graphs):
+    "They are part of the graph; what they read may change."
+    scale = Scale()
+    def change(i, model, opt): scale.by = 2. if i<30 or graphs==1 else 3.
+    same(graphs=graphs, between=change, before=scale.before, after=scale.after, before_step=scale.clip)
+    plain,*_ = train(lambda s: s)
+    assert (plain[1:]-train(lambda s: s, before=scale.before, after=scale.after, before_step=scale.clip)[0][1:]).abs().max()>1e-4
+
+limit = .1
+def clip_to_limit(model): nn.utils.clip_grad_norm_(model.parameters(), limit)
+def test_a_global_that_before_step_reads(interpreted, monkeypatch):
+    def change(i, model, opt): monkeypatch.setitem(globals(), 'limit', .1 if i<30 else .2)
+    same(graphs=2, between=change, before_step=clip_to_limit)
+
+def test_clipped_as_torch_does(interpreted):
+    "Against torch's own loop."
+    torch.manual_seed(0)
+    net,(x,y) = normed().double(),batch()
+    ref,loss = deepcopy(net),nn.CrossEntropyLoss()
+    opt = torch.optim.AdamW(ref.parameters(), lr=.01)
+    step = compile_step(Model(net, loss), AdamW(net.parameters(), lr=.01), before_step=lambda m: nn.utils.clip_grad_norm_(m.parameters(), .1))
+    for _ in range(5):
+        step(x, y)
+        opt.zero_grad()
+        loss(ref(x), y).backward()
+        assert nn.utils.clip_grad_norm_(ref.parameters(), .1)>.1
+        opt.step()
+    torch.testing.assert_close([*net.parameters()], [*ref.parameters()], rtol=1e-10, atol=1e-12)
+    assert step.n_graphs==1 and step.why_not is None
+
+
 # Learner
 
-def learner(compiled, cbs=(), opt=partial(AdamW, lr=.01), dtype=torch.float64):
+def learner(compiled, cbs=(), opt=partial(AdamW, lr=.01), dtype=torch.float64, **kw):
     torch.manual_seed(0)
     x,y = rand(50, 6).to(dtype),torch.randint(0, 3, (50,))
     dls = DataLoaders.from_arrays(x, y, x[:20], y[:20], bs=16)
-    return Learner(net().to(dtype), dls, opt, [accuracy], [OneCycle(.01), *cbs], compiled=compiled)
+    return Learner(net().to(dtype), dls, opt, [accuracy], [OneCycle(.01), *cbs], compiled=compiled, **kw)
 
 def state(learn): return [*learn.model.parameters(), *(t for s in learn.opt.state.values() for t in s.values()), torch.get_rng_state()]
 
@@ -574,6 +618,20 @@ def test_learner_refuses_callbacks_that_look_inside():
     class Looks(Callback):
         def after_backward(self): pass
     with pytest.raises(ValueError, match="Looks wants to be called at 'after_backward', which is inside a compiled step"): learner(True, [Looks()]).fit(1)
+
+def test_learner_clips_and_looks_at_calls(interpreted):
+    "Compiled as without; a limit that changes in between gives another graph."
+    class Loosen(Callback):
+        def before_epoch(self): clip.most = .01*(1+self.epoch//2)
+    def double(call):
+        if call.name=='Relu': call.out.g = 2*call.out.g
+    ends,clip = [],ClipGrads(.01)
+    for compiled in (False,'graph',None):
+        learn = learner(compiled or False, [clip, Loosen()] if compiled is not None else [], before=double)
+        ends.append([p.detach() for p in learn.fit(4).model.parameters()])
+        if compiled: assert learn.step.n_graphs==2 and learn.step.why_not is None
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(ends[0][0], ends[2][0], rtol=1e-4)
 
 def test_learner_stops_at_nan(interpreted):
     learn = learner(True, opt=partial(SGD, lr=.01))

@@ -7,7 +7,7 @@ __all__ = ['parts', 'events', 'inner_events', 'cancels', 'ending', 'CancelExcept
            'CancelEpochException', 'CancelTrainException', 'CancelValidException', 'CancelBatchException',
            'CancelBackwardException', 'CancelStepException', 'Callback', 'History', 'metric_name', 'is_stateful',
            'sums_rows', 'Recorder', 'NonFiniteError', 'first_nonfinite', 'StopAtNonFinite', 'Progress', 'OneCycle',
-           'on_signals', 'first_signal', 'StopOnSignal', 'Checkpoint']
+           'ClipGrads', 'on_signals', 'first_signal', 'StopOnSignal', 'Checkpoint']
 
 # %% ../../nbs/train/66_callbacks.ipynb #8a9de284
 import csv, io, json, math, random, signal, threading, time
@@ -40,6 +40,7 @@ cancels = dict(zip(parts, (CancelFitException, CancelEpochException, CancelTrain
 class Callback(GetAttr):
     "Methods named after `events` are called there; `order` says which callback comes first"
     _default,order,learn = 'learn',0,None
+    is_traced = False # does its `before_step` compute on tensors alone, so that it can be part of a compiled step?
     once = () # the events where, of several processes, only the first one's callback is called
 
 # %% ../../nbs/train/66_callbacks.ipynb #70f7f32a
@@ -187,6 +188,15 @@ class OneCycle(Callback):
 
     def before_batch(self):
         if self.training: self.opt.lr = self.at((self.epoch+self.iter/self.n_iter)/self.n_epoch)
+
+# %% ../../nbs/train/66_callbacks.ipynb #abc4e46a
+class ClipGrads(Callback):
+    "Scale all gradients down together where their norm exceeds `most`"
+    is_traced = True
+    def __init__(self,
+        most:float=1., # the largest norm that is left alone
+    ): self.most = most
+    def before_step(self): torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.most)
 
 # %% ../../nbs/train/66_callbacks.ipynb #5e028391
 ending = [getattr(signal, o) for o in ('SIGINT','SIGTERM','SIGHUP') if hasattr(signal, o)] # the signals that politely ask a process to end

@@ -70,6 +70,8 @@ class Seen:
     def __init__(self,
         model, opt,
         varying=(), # options whose numbers are inputs, each as the group's index and its name
+        fs=(), # functions that a step calls besides
+        watched=(), # objects whose numbers those read
     ):
         modules = list(model.modules())
         self.params = list(dict.fromkeys([*model.parameters(), *(p for g in opt.param_groups for p in g['params'])]))
@@ -91,8 +93,10 @@ class Seen:
         self.places += [(opt.state.get,p,opt.state[p]) for p in self.params if p in opt.state]+[(groups.__getitem__,i,g) for i,g in enumerate(groups)]
         torchs = {*vars(torch.optim.SGD([torch.empty(0)]))}
         inside = [v for d,k,v in plain if type(v) not in plain_types and not isinstance(v, (Tensor,FunctionType)) and not (d is vars(opt) and k in torchs)]
+        inside += [*watched, *(f.__self__ for f in fs if hasattr(f, '__self__'))]
+        read = [*(v for *_,v in (*plain, *methods)), *(getattr(f, '__func__', f) for f in fs)]
         looks = [partial(as_it_is, v, False) for v in inside]
-        looks += [lambda get=get: as_it_is(get(), False) for get in read_elsewhere([v for *_,v in (*plain, *methods)])]
+        looks += [lambda get=get: as_it_is(get(), False) for get in read_elsewhere(read)]
         self.noted = [(look,look()) for look in looks]
         parts = [vars(opt), *(d for m in modules for d in (m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks))]
         self.parts = [*parts, opt.param_groups, *(g['params'] for g in opt.param_groups)]
@@ -159,6 +163,7 @@ class CompiledStep:
         opt:Optimizer, # of `fnnlite.train.optimizers`
         keep=(), # names of modules and parameters in `model`, whose gradients are put in `step.g` (of a module: its last output's)
         compiler:bool=True, # machine code, or the graph's operations one by one?
+        before=None, after=None, before_step=None, # see `compile_step`
     ):
         if not isinstance(model, Module): raise TypeError(f"compile_step: model is a {type(model).__name__}, expected a fnnlite Module")
         if not isinstance(opt, Optimizer): raise TypeError(f"compile_step: opt is a {type(opt).__name__}, expected an optimizer of fnnlite.train.optimizers")
@@ -167,6 +172,7 @@ class CompiledStep:
         for n in self.keep:
             if n not in names: raise ValueError(f"compile_step: keep has {n!r}, expected names of modules or parameters: {', '.join(filter(None, names))}")
         self.model,self.opt,self.compiler,self.g,self.seen,self.run = model,opt,compiler,{},None,None
+        self.before,self.after,self.before_step,self.watched = before,after,before_step,()
         self.ordinary,self.why_not,self.n_graphs,self.varying,self.first = False,None,0,set(),None
 
     def eager(self, *args):
@@ -174,9 +180,10 @@ class CompiledStep:
         self.batch = [const(a) for a in args]
         self.model.free() # calls that nobody will walk back over
         loss = self.model(*self.batch)
-        self.model.backward(free=not self.keep)
+        self.model.backward(free=not self.keep, before=self.before, after=self.after)
         params = dict(self.model.named_parameters()) if self.keep else {}
         self.g = {n:(params[n] if n in params else self.model.get_submodule(n).out).g for n in self.keep}
+        if self.before_step: self.before_step(self.model)
         self.opt.step()
         self.opt.zero_grad()
         if self.keep: self.model.free()
@@ -220,7 +227,8 @@ class CompiledStep:
         "The ordinary step is written down, undone and compiled, and the graph runs"
         self.opt.place_numbers() # where the model is now
         if self.seen is not None: self.varying |= self.seen.changed(self.opt)
-        seen = Seen(self.model, self.opt, self.varying if vary else ()) # what varies: numbers as inputs
+        fs = [f for f in (self.before, self.after, self.before_step) if f]
+        seen = Seen(self.model, self.opt, self.varying if vary else (), fs, self.watched) # what varies: numbers as inputs
         if any(p.grad is not None for p in seen.params): return self.eager(*args)
         n,before = len(seen.tensors),Before([*seen.tensors, *args], seen.generators)
         try:
@@ -296,6 +304,8 @@ def compile_step(
     opt:Optimizer, # of `fnnlite.train.optimizers`
     keep=(), # names of modules and parameters in `model`, whose gradients each step leaves in `step.g` (a module's: of its output)
     compiler:bool=True, # make machine code of it? Or call its operations one by one: at once, but a small net's steps take longer
+    before=None, after=None, # functions of each call in the walk back (see `walk`), part of the graph
+    before_step=None, # function of the model, part of the graph: all gradients are there, and the update comes next
 )->CompiledStep:
     "A function `step(xb, yb)` that does `model(xb, yb)`, `model.backward()`, `opt.step()` and `opt.zero_grad()` as one graph, and returns the loss"
-    return CompiledStep(model, opt, keep, compiler)
+    return CompiledStep(model, opt, keep, compiler, before, after, before_step)

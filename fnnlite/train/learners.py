@@ -35,18 +35,25 @@ class Learner:
         metrics=(), # functions of (pred, targ), or objects like torchmetrics'
         cbs=(), # callbacks
         compiled:bool|str=False, # run each training step as one graph (see `compile_step`; 'graph': without a compiler)? Callbacks can't look into it then
+        before=None, after=None, # functions of each call in the walk back (see `walk`)
     ):
         self.model,self.dls,self.metrics = model,dls,tuple(listify(metrics))
         self.opt = opt if isinstance(opt, torch.optim.Optimizer) else opt(model.parameters())
         mine = set(model.parameters())
         if not any(p in mine for g in self.opt.param_groups for p in g['params']): raise ValueError("Learner: opt has none of the model's parameters")
         self.history,self.epoch,self.n_epoch,self.training = History(),0,0,False
+        self.around = dict(before=before, after=after)
         self.cbs = [Recorder(),StopAtNonFinite(),Progress(),*(o() if isinstance(o, type) else o for o in listify(cbs))]
         if compiled not in (True,False,'graph'): raise ValueError(f"Learner: compiled is {compiled!r}, expected True, False or 'graph'")
         self.step = None
         if compiled:
             from fnnlite.train.compiled import compile_step
-            self.step = compile_step(model, self.opt, compiler=compiled!='graph')
+            traced = [o for o in self.cbs if o.is_traced and hasattr(type(o), 'before_step')]
+            before_step = (lambda model: self('before_step')) if traced else None
+            self.step = compile_step(model, self.opt, compiler=compiled!='graph', before_step=before_step, **self.around)
+            self.step.watched = traced
+
+
 
     @property
     def device(self): return next(self.model.parameters()).device
@@ -83,7 +90,7 @@ class Learner:
         if self.step is not None:
             for o in self.cbs:
                 for e in inner_events:
-                    if hasattr(type(o), e): raise ValueError(f"Learner: {type(o).__name__} wants to be called at '{e}', which is inside a compiled step")
+                    if hasattr(type(o), e) and not (o.is_traced and e=='before_step'): raise ValueError(f"Learner: {type(o).__name__} wants to be called at '{e}', which is inside a compiled step")
         self.n_epoch,self.epoch,self.interrupted,self.history = n,0,False,History()
         self.model.free() # calls that nobody will walk back over
         with self._listening(self.cbs):
@@ -120,7 +127,7 @@ class Learner:
         self('after_pred')
         self('after_loss')
         ready = {'ready': partial(self, 'grad_ready')} if self.handlers['grad_ready'] else {}
-        self._part('backward', partial(self.model.backward, **ready))
+        self._part('backward', partial(self.model.backward, **ready, **self.around))
         if self._part('step', self.opt.step): self.opt.zero_grad()
 
     def _valid_batch(self):
