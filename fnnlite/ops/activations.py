@@ -31,8 +31,9 @@ def relu_grad(out, inp, leak=0., sub=0., maxv=None):
     "The gradient of `relu`"
     if not wants(inp): return
     if not (leak or sub or maxv is not None): return by_rule(F.relu, out, inp)
-    g = torch.where(inp>0, out.g, leak*out.g if leak else 0.)
-    inp.g = g if maxv is None else torch.where(relu(inp, leak, sub)<=maxv, g, 0.)
+    if leak: by_rule(F.leaky_relu, out, inp, leak)
+    else: inp.g = torch.where(inp>0, out.g, 0.)
+    if maxv is not None: inp.g = torch.where(relu(inp, leak, sub)<=maxv, inp.g, 0.)
 
 # %% ../../nbs/ops/26_activations.ipynb #dbae34d2
 class Relu(Module):

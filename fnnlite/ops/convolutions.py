@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ..core.checks import check_inp
 from ..core.module import Module
 from ..core.record import wants
-from ..core.rules import gradient_of
+from ..core.rules import by_rule, gradient_of
 from .inits import kaiming_normal
 aten = torch.ops.aten
 
@@ -149,7 +149,7 @@ def conv2d(inp, w, b=None, stride=1, padding=0):
 
 def conv2d_grad(out, inp, w, b=None, stride=1, padding=0):
     "The gradients of `conv2d`; each only if it is wanted"
-    conv_grad(out, inp, w, b, stride, padding)
+    by_rule(F.conv2d, out, inp, w, b, stride, padding)
 
 # %% ../../nbs/ops/33_convolutions.ipynb #339c03b9
 class Conv2d(Module):
