@@ -112,8 +112,8 @@ class Rule:
         renamed = self.renamed(kwargs)
         gs = self.kernel(out, *args, **renamed) if kernels.on and self.kernel else None
         if gs is None: return self.grad(out, *args, **renamed)
-        named = sorted(self.named(args, kwargs), key=lambda o: self.names.index(o[0]))
-        ts = [v for _,v in named if isinstance(v, Tensor)]
+        in_order = [renamed[k] for k in self.names if k in renamed] if kwargs else ()
+        ts = [v for v in (*args, *in_order) if isinstance(v, Tensor)]
         for t,g in zip(ts, gs if isinstance(gs, tuple) else (gs,)): t.g = g
 
 kernels = types.SimpleNamespace(on=True) # `kernels.on = False`: formulas only
