@@ -27,8 +27,12 @@ def cuda_peak(f):
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()-before
 
+def quiet():
+    "No word from the profiler"
+    for fd in (1,2): os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
 def peak(name, w, opt, device):
-    for fd in (1,2): os.dup2(os.open(os.devnull, os.O_WRONLY), fd) # the profiler's own notes
+    quiet()
     from .torch_home import builders
     step = builders[name](w, opt, device)
     for _ in range(3): step()

@@ -56,7 +56,12 @@ def mnist_tables(rows):
     yield ('Seconds to 98 % on MNIST; `!`: not reached', ['run','median','min–max','less first step','first step','an epoch','epochs','accuracy'],
         [cells(name, rs) for (name,),rs in groups(rows, 'peer')])
 
-tables = dict(steps=steps_tables, memory=memory_tables, times=times_tables, mnist=mnist_tables)
+def nets_tables(rows):
+    for (net,),part in groups(rows, 'net'):
+        yield (net, ['peer','median ms','min–max','÷ torch eager','first step s','MB'], [[r['peer'], f"{1e3*r['median']:.1f}",
+            f"{1e3*r['min']:.1f}–{1e3*r['max']:.1f}", x(r['to_eager']), s(r['first']), '' if r['bytes'] is None else f"{r['bytes']/1e6:.1f}"] for r in part])
+
+tables = dict(steps=steps_tables, nets=nets_tables, memory=memory_tables, times=times_tables, mnist=mnist_tables)
 
 def groups(rows, *keys):
     "The rows that agree in `keys`, together, in the order they came"
@@ -89,7 +94,7 @@ def page(res, plot):
     if notes.exists(): out += [notes.read_text(encoding='utf-8')]
     if res['steps']: out += [f'![A step of each peer, over that of torch eager]({plot})', '']
     for section,of in tables.items():
-        if res[section]: out += [f'## {section.capitalize()}', '', *(markdown(*t) for t in of(res[section]))]
+        if res.get(section): out += [f'## {section.capitalize()}', '', *(markdown(*t) for t in of(res[section]))]
     if floors := {r['workload']:r['routines'] for r in res['steps'] if r['routines']}:
         out += ['### Routines of the floor', '', *(f"- {w}: {'; '.join(f'{k}: {v}' for k,v in rs.items())}" for w,rs in floors.items()), '']
     if said := remarks(res): out += ['### Not in the tables', '', *(f'- {l}' for l in said), '']

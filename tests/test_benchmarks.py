@@ -8,7 +8,7 @@ from fnnlite.ops import routes
 root = Path(__file__).parents[1]
 sys.path.insert(0, str(root)) # the benchmarks aren't part of the package
 
-from benchmarks import floor, memory, report, steps, times, torch_home
+from benchmarks import floor, memory, nets, report, steps, times, torch_home
 from benchmarks.workers import PeerError, Worker
 from benchmarks.workloads import Workload, home_of, homes, workloads
 
@@ -60,6 +60,12 @@ def test_same_losses(name, opt):
         ref,other,res = (steps.build(n, w, o, 'cpu', .001) for n,o in (('torch eager',opt), ('torch eager',others[opt]), (name,opt)))
         steps.check_losses(res, ref)
         with pytest.raises(PeerError): steps.check_losses(res, other)
+
+@pytest.mark.parametrize('net', nets.nets)
+def test_nets_give_the_same_losses(net):
+    "All ways to take a step but the compiled ones; `measure` compares."
+    times,_ = nets.measure(net, [n for n in nets.names if 'compile' not in n], rounds=1, steps=1)
+    assert all(len(ts)==1 and ts[0]>0 for ts in times.values())
 
 def test_worker():
     with Worker() as worker:

@@ -626,10 +626,10 @@ def test_learner_clips_and_looks_at_calls(interpreted):
     def double(call):
         if call.name=='Relu': call.out.g = 2*call.out.g
     ends,clip = [],ClipGrads(.01)
-    for compiled in (False,'graph',None):
-        learn = learner(compiled or False, [clip, Loosen()] if compiled is not None else [], before=double)
+    for how,cbs in ((False, [clip, Loosen()]), ('graph', [clip, Loosen()]), (False, [])):
+        learn = learner(how, cbs, before=double)
         ends.append([p.detach() for p in learn.fit(4).model.parameters()])
-        if compiled: assert learn.step.n_graphs==2 and learn.step.why_not is None
+        if how: assert learn.step.n_graphs==2 and learn.step.why_not is None
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-10, atol=1e-12)
     assert not torch.allclose(ends[0][0], ends[2][0], rtol=1e-4)
 

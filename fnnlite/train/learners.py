@@ -90,7 +90,8 @@ class Learner:
         if self.step is not None:
             for o in self.cbs:
                 for e in inner_events:
-                    if hasattr(type(o), e) and not (o.is_traced and e=='before_step'): raise ValueError(f"Learner: {type(o).__name__} wants to be called at '{e}', which is inside a compiled step")
+                    if hasattr(type(o), e) and not (o.is_traced and e=='before_step'): raise ValueError(
+                        f"Learner: {type(o).__name__} wants to be called at '{e}', which is inside a compiled step")
         self.n_epoch,self.epoch,self.interrupted,self.history = n,0,False,History()
         self.model.free() # calls that nobody will walk back over
         with self._listening(self.cbs):
