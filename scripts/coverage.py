@@ -1,7 +1,8 @@
 """Go through torch's own databases of samples: is each function's and each module's gradient, in a recording, autograd's?
 
-    python scripts/coverage.py          # every sample; some minutes
+    python scripts/coverage.py             # every sample; some minutes
     python scripts/coverage.py add nn.GRU  # of these functions and modules
+    python scripts/coverage.py --page      # every sample, and the table nbs/coverage.md
 
 Float64, a random upstream gradient, 1e-9 of the largest, with torch's kernels and by the formulas alone, and with what
 `saves` names alone. Prints what was right, what was refused (no rule, for most), what was skipped (complex numbers, or
@@ -9,11 +10,12 @@ autograd itself has no gradient), and what was wrong, and exits with 1 if anythi
 """
 import sys, warnings
 from collections import Counter
+from pathlib import Path
 import torch
 from torch.nn import UninitializedParameter
 from torch.utils._pytree import tree_leaves, tree_map
 from fnnlite import GradError, recording
-from fnnlite.core.rules import NotSaved, kernels
+from fnnlite.core.rules import NotSaved, kernels, rule_of
 
 def database():
     "torch's functions with their samples, by name"
@@ -105,16 +107,37 @@ def check_module(info, most=None)->Counter:
             except Exception as e: seen[f"WRONG: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"] += 1
     return seen
 
+def page(every, counts):
+    "The table of what has a rule, as Markdown"
+    right = [n for n,c in counts.items() if c['right']]
+    lines = ['# What has a rule', '',
+        "> torch's functions and modules, and how many of torch's own samples have the gradient that autograd gives them", '',
+        f"Made by `python scripts/coverage.py --page`, with torch {torch.__version__.partition('+')[0]}. {len(right)} of them have a gradient here. "
+        'Each sample runs in double precision from a random upstream gradient, and is right where outputs and gradients are within 1e-9 of the largest. '
+        "A function's samples run three times: with torch's kernels, by the formulas alone, and with no more kept than a rule reads. "
+        "*Refused* is an error by name, at the function's line. *Skipped* is what autograd itself has no gradient for, or what is complex or sparse.", '',
+        '| function or module | rule | right | refused | skipped |', '| --- | --- | ---: | ---: | ---: |']
+    for name,c in counts.items():
+        rule = rule_of(getattr(every[name], 'op', None))
+        room = rule.grad.__module__.removeprefix('fnnlite.') if rule else 'through its parts' if c['right'] else ''
+        if c['right'] or c['refused']: lines.append(f"| `{name}` | {room} | {c['right']} | {c['refused']} | {c['skipped']} |")
+    return '\n'.join(lines)+'\n'
+
 def main(names):
     torch.set_num_threads(1)
-    functions,total,right = database(),Counter(),set()
+    to_page = '--page' in names
+    names = [n for n in names if n!='--page']
+    functions,total,right,counts = database(),Counter(),set(),{}
     every = {**functions, **modules()}
     for name in names or every:
         seen = (check if name in functions else check_module)(every[name])
+        counts[name] = Counter()
+        for what,n in seen.items(): counts[name][what.partition(':')[0]] += n
         for what,n in seen.items():
             total[what.partition(':')[0]] += n
             if not what.startswith(('right','skipped')): print(f"{name}: {n} × {what}", flush=True)
         if seen['right'] and not any(w.startswith('WRONG') for w in seen): right.add(name)
+    if to_page: (Path(__file__).parent.parent/'nbs'/'coverage.md').write_text(page(every, counts), encoding='utf-8')
     print(f"{len(right)} functions and modules right; samples: {dict(total)}")
     return 1 if total['WRONG'] else 0
 

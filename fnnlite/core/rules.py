@@ -154,6 +154,7 @@ def elementwise(
     "Register the rule `inp.g = out.g * derivative` of a function that works number by number"
     def grad(out, inp, *args, **kwargs):
         inp.g = out.g*(of_inp(inp, *args, **kwargs) if of_inp else of_out(out, *args, **kwargs))
+    grad.__module__ = (of_inp or of_out).__module__ # where the formula stands
     fs = fs if isinstance(fs, (tuple,list)) else (fs,)
     gradient_of(*fs, saves='inp' if of_inp else 'out', kernel=kernel)(grad)
 
