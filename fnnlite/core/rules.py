@@ -38,7 +38,15 @@ class Unread(Tensor):
             if f not in formal and not (f in by_form and args[0] is not unread): raise NotSaved(
                 f"the rule reads the numbers of a tensor of shape {tuple(unread.shape)} (by {name_of(f)}), which its `saves` doesn't name")
             out = f(*args, **(kwargs or {}))
-        return cls.of(out) if f is Tensor.detach or f is Tensor.to and args[0] is unread else out
+        return cls.of(out) if f is Tensor.to and args[0] is unread else out
+
+    # what is asked often, without the way round by `__torch_function__`
+    _version = 0
+    def is_floating_point(self): return True
+    def detach(self): return self.own(Tensor.detach).as_subclass(Unread)
+    def own(self, f):
+        with torch._C.DisableTorchFunctionSubclass(): return f(self)
+    shape,dtype = property(lambda self: self.own(Tensor.shape.__get__)),property(lambda self: self.own(Tensor.dtype.__get__))
 
     @classmethod
     def of(cls, t):
