@@ -62,6 +62,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.blocks = nn.Sequential(*[ResBlock(ni, nf, 1+(i>0)) for i,(ni,nf) in enumerate(zip(sizes, sizes[1:]))])
         self.head = nn.Linear(sizes[-1], 10)
+        self.to(memory_format=torch.channels_last) # torch's advice for CPUs: all ways are faster by it
     def forward(self, x, targ): return F.cross_entropy(self.head(self.blocks(x).mean((2,3))), targ)
 
 class CharLSTM(nn.Module):
