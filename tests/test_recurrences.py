@@ -7,6 +7,7 @@ from fnnlite import GradError, Model, const
 from fnnlite.core.calls import recording
 from fnnlite.core.record import floats
 from fnnlite.core.rules import kernels
+from fnnlite.train import compiled
 from fnnlite.train.compiled import compile_step
 from fnnlite.train.optimizers import SGD
 
@@ -195,12 +196,12 @@ def test_compiled_step(kind):
     "As one graph: the weights are those of ordinary steps."
     net,x,y = Chars(kind).double().eval(),torch.randint(7, (3, 5)),torch.randint(7, (15,))
     ends = []
-    for compiled in (False,True):
+    for as_graph in (False,True):
         model = Model(copy.deepcopy(net), nn.CrossEntropyLoss())
         opt = SGD(model.parameters(), .1)
-        step = compile_step(model, opt, compiler=False) if compiled else None
+        step = compile_step(model, opt, compiler=False) if as_graph else None
         for _ in range(3):
-            if compiled: step(x, y)
+            if as_graph: step(x, y)
             else:
                 model(x, y)
                 model.backward()
@@ -208,6 +209,22 @@ def test_compiled_step(kind):
                 opt.zero_grad()
         ends.append([p.detach() for p in model.parameters()])
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
+
+def test_compiled_step_by_onednn(monkeypatch):
+    "In float32 a graph has oneDNN's cells in it, and the weights are those of torch's own loop."
+    if not torch.backends.mkldnn.is_available(): pytest.skip('this torch has no oneDNN')
+    graphs = []
+    monkeypatch.setattr(compiled, 'op_by_op', lambda gm, old=compiled.op_by_op: graphs.append(gm.code) or old(gm))
+    net,x,y = Chars('lstm'),torch.randint(7, (3, 5)),torch.randint(7, (15,))
+    ref,loss = copy.deepcopy(net.eval()),nn.CrossEntropyLoss()
+    step,opt = compile_step(Model(net, loss), SGD(net.parameters(), .1), compiler=False),torch.optim.SGD(ref.parameters(), .1)
+    for _ in range(3):
+        step(x, y)
+        opt.zero_grad()
+        loss(ref(x), y).backward()
+        opt.step()
+    torch.testing.assert_close([*net.parameters()], [*ref.parameters()], rtol=1e-5, atol=1e-6)
+    assert step.why_not is None and 'fnnlite.lstm_cell_backward' in graphs[0]
 
 @each_kind
 def test_in_half_precision(kind):

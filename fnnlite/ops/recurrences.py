@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['aten', 'tanh_cell', 'relu_cell', 'cell_saves', 'stack_saves', 'rnn_tanh_grad', 'rnn_relu_grad', 'gru_grad',
-           'lstm_grad', 'products', 'rnn_cell', 'gru_cell', 'states_before', 'joined', 'lstm_cell', 'Upstream',
-           'walk_back', 'cell_grad', 'rnn_tanh_cell_grad', 'rnn_relu_cell_grad', 'gru_cell_grad', 'lstm_cell_grad',
-           'Stack', 'one_by_one', 'layer_by_layer', 'stack_grad', 'by_formula', 'recurrent', 'onednn_fits',
+           'LSTM_MODE', 'workspaces', 'lstm_grad', 'products', 'rnn_cell', 'gru_cell', 'states_before', 'joined',
+           'lstm_cell', 'Upstream', 'walk_back', 'cell_grad', 'rnn_tanh_cell_grad', 'rnn_relu_cell_grad',
+           'gru_cell_grad', 'lstm_cell_grad', 'Stack', 'one_by_one', 'layer_by_layer', 'stack_grad', 'by_formula',
+           'recurrent', 'cell_sizes', 'lstm_cell_forward', 'lstm_cell_kernel', 'like_lstm_cell', 'onednn_fits',
            'onednn_cell', 'lstm_layer', 'lstm_kernel', 'LSTM']
 
 # %% ../../nbs/ops/35_recurrences.ipynb #b20870fa
 from itertools import accumulate
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling
 from ..core.checks import check_inp
 from ..core.module import Module
-from ..core.record import const, traced, wants
+from ..core.record import const, wants
 from ..core.rules import by_rule, gradient_of
 from .linears import linear_grad
 aten = torch.ops.aten
@@ -235,12 +237,46 @@ rnn_tanh_grad = recurrent(torch.rnn_tanh, tanh_cell)
 rnn_relu_grad = recurrent(torch.rnn_relu, relu_cell)
 gru_grad = recurrent(torch.gru, gru_cell)
 
+# %% ../../nbs/ops/35_recurrences.ipynb #6b3460e7
+LSTM_MODE,workspaces = 2,{} # workspaces: their size, by the shapes that went in
+
+def cell_sizes(x, w_hh): return *x.shape,*w_hh.shape
+
+def lstm_cell_forward(x, w_ih, w_hh, b_ih, b_hh, h, c, reverse, nf, n_layers, biases, both, train):
+    with torch.enable_grad(): # else there is no workspace
+        res = aten.mkldnn_rnn_layer(x, w_ih, w_hh, b_ih, b_hh, h, c, reverse, [], LSTM_MODE, nf,
+            n_layers, biases, both, False, train)
+    workspaces[cell_sizes(x, w_hh)] = res[3].shape
+    return tuple(res)
+
+def lstm_cell_kernel(x, w_ih, w_hh, b_ih, b_hh, h, c, y, h_end, c_end, workspace,
+    y_g, h_g, c_g, reverse, nf, n_layers, biases, both, train):
+    return tuple(aten.mkldnn_rnn_layer_backward(x, w_ih, w_hh, b_ih, b_hh, h, c, y, h_end, c_end,
+        y_g, h_g, c_g, reverse, LSTM_MODE, nf, n_layers, biases, train, both, [], False, workspace))
+
+def like_lstm_cell(x, w_ih, w_hh, b_ih, b_hh, h, c, *_):
+    y,space = x.new_empty(*x.shape[:2], w_hh.shape[1]),workspaces[cell_sizes(x, w_hh)]
+    return y,torch.empty_like(h),torch.empty_like(c),x.new_empty(space, dtype=torch.uint8)
+
+if not hasattr(torch.ops.fnnlite, 'lstm_cell'): # once a process, which may be running this notebook
+    inps = 'Tensor x, Tensor w_ih, Tensor w_hh, Tensor b_ih, Tensor b_hh, Tensor h, Tensor c'
+    kept = 'Tensor y, Tensor h_end, Tensor c_end, Tensor workspace'
+    gs = 'Tensor y_g, Tensor h_g, Tensor c_g'
+    how = 'bool reverse, int nf, int n_layers, bool biases, bool both, bool train'
+    forward,backward = 'fnnlite::lstm_cell','fnnlite::lstm_cell_backward'
+    torch.library.define(forward, f"({inps}, {how}) -> ({', '.join(['Tensor']*4)})")
+    torch.library.define(backward, f"({inps}, {kept}, {gs}, {how}) -> ({', '.join(['Tensor']*7)})")
+    torch.library.impl(forward, 'CPU', lstm_cell_forward)
+    torch.library.impl(backward, 'CPU', lstm_cell_kernel)
+    torch.library.register_fake(forward, like_lstm_cell)
+    torch.library.register_fake(backward, lambda *ts: tuple(map(torch.empty_like, ts[:7])))
+
 # %% ../../nbs/ops/35_recurrences.ipynb #e8036c19
 def onednn_fits(a, x):
     "Does torch give an LSTM to oneDNN?"
     ts = [x,*a.hx,*a.params]
     plain = all(t.is_cpu and t.dtype==torch.float32 for t in ts) and x.numel()
-    unseen = traced() or torch.is_autocast_enabled('cpu') or not torch.backends.mkldnn.enabled
+    unseen = is_compiling() or torch.is_autocast_enabled('cpu') or not torch.backends.mkldnn.enabled
     return plain and not unseen and not a.packed and a.of_cell%2==0
 
 def onednn_cell(a, k, x):
@@ -248,7 +284,7 @@ def onednn_cell(a, k, x):
     (w_ih,w_hh,*bs),_ = a.cell(k)
     bs = [w_ih.new_zeros(len(w_ih)) if b is None else b for b in bs]
     inps = [t.detach().contiguous() for t in (x, w_ih, w_hh, *bs, *(t[k] for t in a.hx))]
-    return inps,(2,w_hh.shape[1],a.n_layers,a.biases) # 2: an LSTM
+    return inps,(a.is_reverse(k),w_hh.shape[1],a.n_layers,a.biases,a.both,a.train)
 
 def lstm_layer(a, l, x):
     "One layer of an LSTM, and what oneDNN keeps"
@@ -256,9 +292,7 @@ def lstm_layer(a, l, x):
     kept = {}
     for k in a.cells(l):
         inps,options = onednn_cell(a, k, x)
-        with torch.enable_grad(): # else there is no workspace
-            kept[k] = aten.mkldnn_rnn_layer(*inps, a.is_reverse(k), [], *options, a.both, False,
-                a.train)
+        kept[k] = torch.ops.fnnlite.lstm_cell(*inps, *options)
     ys,hs,cs,_ = zip(*kept.values())
     return (torch.cat(ys, -1),torch.stack(hs),torch.stack(cs)),kept
 
@@ -267,9 +301,8 @@ def lstm_kernel(out, inp, *args):
     def walk(a, k, x, after, g, gs):
         def by_time(t): return t.unflatten(0, a.inp.shape[:2])
         inps,options = onednn_cell(a, k, by_time(x))
-        *states,workspace = out[0].of_cells[k]
-        grads = aten.mkldnn_rnn_layer_backward(*inps, *states, by_time(g), *gs, a.is_reverse(k),
-            *options, a.train, a.both, [], False, workspace)
+        grads = torch.ops.fnnlite.lstm_cell_backward(*inps, *out[0].of_cells[k],
+            by_time(g).contiguous(), *gs, *options)
         for t,g in zip(a.cell(k)[0], grads[1:5]):
             if t is not None: t.g = g
         x.g = grads[0].flatten(0, 1)
