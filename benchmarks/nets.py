@@ -86,7 +86,8 @@ def build(name, net, clip):
     from fnnlite import AdamW, Model, compile_step
     torch.manual_seed(0)
     net = nets[net][0]()
-    clip_now = (lambda m: nn.utils.clip_grad_norm_(m.parameters(), clip)) if clip else None
+    each = False if name=='fnnlite compiled' else None # the compiler makes loops of its own
+    clip_now = (lambda m: nn.utils.clip_grad_norm_(m.parameters(), clip, foreach=each)) if clip else None
     if name=='fnnlite compiled': return compile_step(Model(net), AdamW(groups(net), lr=1e-3, betas=(.9,.99)), before_step=clip_now)
     opt = torch.optim.AdamW(groups(net), lr=1e-3, betas=(.9,.99))
     f = torch.compile(net) if name=='torch.compile' else net if name=='torch eager' else Model(net).retain(name!='fnnlite lean')

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import GetAttr
-from ..core.record import floats
+from ..core.record import floats, traced
 from .checkpoints import CheckpointError, FolderLock, check_fit, generators, load_tensors, rng_state, save_tensors, set_rng_state
 from .optimizers import Optimizer
 
@@ -196,7 +196,9 @@ class ClipGrads(Callback):
     def __init__(self,
         most:float=1., # the largest norm that is left alone
     ): self.most = most
-    def before_step(self): torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.most)
+    def before_step(self):
+        each = False if traced() else None # a compiler makes loops of its own
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.most, foreach=each)
 
 # %% ../../nbs/train/66_callbacks.ipynb #5e028391
 ending = [getattr(signal, o) for o in ('SIGINT','SIGTERM','SIGHUP') if hasattr(signal, o)] # the signals that politely ask a process to end
