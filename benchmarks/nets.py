@@ -86,16 +86,14 @@ def build(name, net, clip):
     from fnnlite import AdamW, Model, compile_step
     torch.manual_seed(0)
     net = nets[net][0]()
-    each = False if name=='fnnlite compiled' else None # the compiler makes loops of its own
-    clip_now = (lambda m: nn.utils.clip_grad_norm_(m.parameters(), clip, foreach=each)) if clip else None
-    if name=='fnnlite compiled': return compile_step(Model(net), AdamW(groups(net), lr=1e-3, betas=(.9,.99)), before_step=clip_now)
+    if name=='fnnlite compiled': return compile_step(Model(net), AdamW(groups(net), lr=1e-3, betas=(.9,.99)), max_norm=clip)
     opt = torch.optim.AdamW(groups(net), lr=1e-3, betas=(.9,.99))
     f = torch.compile(net) if name=='torch.compile' else net if name=='torch eager' else Model(net).retain(name!='fnnlite lean')
     by_walk = name in ('fnnlite eager','fnnlite lean')
     def step(*batch):
         loss = f(*batch)
         (f if by_walk else loss).backward()
-        if clip: clip_now(net)
+        if clip: nn.utils.clip_grad_norm_(net.parameters(), clip)
         opt.step()
         opt.zero_grad()
         return loss.detach()

@@ -324,6 +324,15 @@ def test_saved_tensors_hooks_see_all():
     close(grad(out, (x, *m.parameters())), ref)
     assert any(torch.equal((t>0).double(), t*.5) for t in store)
 
+@pytest.mark.parametrize('hooks', [lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+    torch.autograd.graph.save_on_cpu], ids=['identity','on_cpu'])
+def test_hooks_that_keep_no_copy(hooks):
+    "They give back the parameter's own memory, so other numbers in it are refused."
+    m,x = Lin64(4, 3).as_nodes(),leaf(5, 4)
+    with hooks(): out = m(x).sum()
+    m.w.data = torch.full_like(m.w, 7.)
+    with pytest.raises(GradError, match='was given other numbers'): out.backward()
+
 def test_freed_as_usual():
     "What a layer's node keeps goes with the graph: after backward, or when nobody holds the loss; no cycles."
     refs = []

@@ -547,28 +547,56 @@ def test_all_of_a_step_is_on_the_gpu(monkeypatch, opt):
 # In the middle of a step
 
 class Scale:
-    "Doubles what flows back into the first layer's output, halves its parameters' share, and clips."
+    "Doubles what flows back into the first layer's output, and halves its parameters' share."
     by = 2.
     def before(self, call):
         if call.name=='Relu': call.out.g = self.by*call.out.g
     def after(self, call):
         for p in call.params: p.g = p.g/self.by
-    def clip(self, model): nn.utils.clip_grad_norm_(model.parameters(), .1)
 
 @pytest.mark.parametrize('graphs', [1,2], ids=['still','changed'])
-def test_before_after_and_before_step(interpreted, graphs):
+def test_before_and_after(interpreted, graphs):
     "They are part of the graph; what they read may change."
     scale = Scale()
     def change(i, model, opt): scale.by = 2. if i<30 or graphs==1 else 3.
-    same(graphs=graphs, between=change, before=scale.before, after=scale.after, before_step=scale.clip)
+    same(graphs=graphs, between=change, before=scale.before, after=scale.after)
     plain,*_ = train(lambda s: s)
-    assert (plain[1:]-train(lambda s: s, before=scale.before, after=scale.after, before_step=scale.clip)[0][1:]).abs().max()>1e-4
+    assert (plain[1:]-train(lambda s: s, before=scale.before, after=scale.after)[0][1:]).abs().max()>1e-4
 
-limit = .1
-def clip_to_limit(model): nn.utils.clip_grad_norm_(model.parameters(), limit)
-def test_a_global_that_before_step_reads(interpreted, monkeypatch):
-    def change(i, model, opt): monkeypatch.setitem(globals(), 'limit', .1 if i<30 else .2)
-    same(graphs=2, between=change, before_step=clip_to_limit)
+factor = 2.
+def by_factor(call):
+    if call.name=='Relu': call.out.g = factor*call.out.g
+def test_a_global_that_before_reads(interpreted, monkeypatch):
+    def change(i, model, opt): monkeypatch.setitem(globals(), 'factor', 2. if i<30 else 3.)
+    same(graphs=2, between=change, before=by_factor)
+
+@pytest.mark.parametrize('f', [partial(by_factor), nn.ReLU()], ids=['partial','module'])
+def test_what_before_reads_must_be_seen(f):
+    with pytest.raises(TypeError, match='expected a function or a method'): compile_step(net(), SGD(net().parameters(), lr=.1), before=f)
+
+@pytest.mark.filterwarnings('ignore:compile_step')
+def test_a_number_read_from_a_tensor_outside(interpreted):
+    "It would stay what it is at the first step: the steps are ordinary ones."
+    t = torch.tensor(2.)
+    def before(call):
+        if call.name=='Relu': call.out.g = call.out.g*t.item()
+    step = same(graphs=0, between=lambda i, *_: t.fill_(2. if i<30 else 3.), before=before)
+    assert 'a number was read' in step.why_not
+
+def test_what_out_writes_is_undone(interpreted):
+    "The first step's graph writes it once, not twice."
+    sums = torch.zeros((), dtype=torch.float64)
+    def before(call):
+        if call.name=='Relu': torch.add(sums, 1., out=sums)
+    train(lambda s: s, before=before, n=5, short=8)
+    assert sums==5
+
+def test_an_outer_tensor_of_another_shape(interpreted):
+    mask = torch.full((512,), 2., dtype=torch.float64)
+    def before(call):
+        if call.name=='Relu': call.out.g = call.out.g*mask.mean()
+    def change(i, *_): mask.data = torch.full((512,) if i<30 else (2,), 2. if i<30 else 3., dtype=torch.float64)
+    assert not same(between=change, before=before).fits(batch()) # the graph was made for the first
 
 def test_clipped_as_torch_does(interpreted):
     "Against torch's own loop."
@@ -576,7 +604,7 @@ def test_clipped_as_torch_does(interpreted):
     net,(x,y) = normed().double(),batch()
     ref,loss = deepcopy(net),nn.CrossEntropyLoss()
     opt = torch.optim.AdamW(ref.parameters(), lr=.01)
-    step = compile_step(Model(net, loss), AdamW(net.parameters(), lr=.01), before_step=lambda m: nn.utils.clip_grad_norm_(m.parameters(), .1))
+    step = compile_step(Model(net, loss), AdamW(net.parameters(), lr=.01), max_norm=.1)
     for _ in range(5):
         step(x, y)
         opt.zero_grad()
@@ -622,7 +650,7 @@ def test_learner_refuses_callbacks_that_look_inside():
 def test_learner_clips_and_looks_at_calls(interpreted):
     "Compiled as without; a limit that changes in between gives another graph."
     class Loosen(Callback):
-        def before_epoch(self): clip.most = .01*(1+self.epoch//2)
+        def before_epoch(self): clip.max_norm = .01*(1+self.epoch//2)
     def double(call):
         if call.name=='Relu': call.out.g = 2*call.out.g
     ends,clip = [],ClipGrads(.01)

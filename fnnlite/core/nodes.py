@@ -65,7 +65,7 @@ class Node(torch.autograd.Function):
         if not isinstance(out, Hole): gs = gs[1:]
         real,saved,asked = module._bwd_params(),ctx.saved_tensors,ctx.needs_input_grad[3:]
         n,upstream = len(asked),[g for g in gs if g is not None]
-        guards.same_memory(type(module).__name__, [m for m,t in zip(ctx.memory, saved[n-len(real):]) if t is m[0]]) # hooks keep copies
+        guards.same_memory(type(module).__name__, [m for m,t in zip(ctx.memory, saved[n-len(real):]) if torch._C._is_alias_of(t, m[0])]) # hooks keep copies
         versions = [] if is_compiling() else [g._version for g in upstream]
         ts = [t.detach() if a else const(t.detach()) for t,a in zip(saved, asked)]
         args,kwargs = _fill((args,kwargs), iter(ts))

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['aten', 'tanh_cell', 'relu_cell', 'cell_saves', 'stack_saves', 'rnn_tanh_grad', 'rnn_relu_grad', 'gru_grad',
-           'LSTM_MODE', 'workspaces', 'lstm_grad', 'products', 'rnn_cell', 'gru_cell', 'states_before', 'joined',
-           'lstm_cell', 'Upstream', 'walk_back', 'cell_grad', 'rnn_tanh_cell_grad', 'rnn_relu_cell_grad',
-           'gru_cell_grad', 'lstm_cell_grad', 'Stack', 'one_by_one', 'layer_by_layer', 'stack_grad', 'by_formula',
-           'recurrent', 'cell_sizes', 'lstm_cell_forward', 'lstm_cell_kernel', 'like_lstm_cell', 'onednn_fits',
+           'lstm_grad', 'products', 'rnn_cell', 'gru_cell', 'states_before', 'joined', 'lstm_cell', 'Upstream',
+           'walk_back', 'cell_grad', 'rnn_tanh_cell_grad', 'rnn_relu_cell_grad', 'gru_cell_grad', 'lstm_cell_grad',
+           'Stack', 'one_by_one', 'layer_by_layer', 'stack_grad', 'by_formula', 'recurrent', 'onednn_fits',
            'onednn_cell', 'lstm_layer', 'lstm_kernel', 'LSTM']
 
 # %% ../../nbs/ops/35_recurrences.ipynb #b20870fa
@@ -236,40 +235,6 @@ def recurrent(f, cell, layer=None, kernel=None):
 rnn_tanh_grad = recurrent(torch.rnn_tanh, tanh_cell)
 rnn_relu_grad = recurrent(torch.rnn_relu, relu_cell)
 gru_grad = recurrent(torch.gru, gru_cell)
-
-# %% ../../nbs/ops/35_recurrences.ipynb #6b3460e7
-LSTM_MODE,workspaces = 2,{} # workspaces: their size, by the shapes that went in
-
-def cell_sizes(x, w_hh): return *x.shape,*w_hh.shape
-
-def lstm_cell_forward(x, w_ih, w_hh, b_ih, b_hh, h, c, reverse, nf, n_layers, biases, both, train):
-    with torch.enable_grad(): # else there is no workspace
-        res = aten.mkldnn_rnn_layer(x, w_ih, w_hh, b_ih, b_hh, h, c, reverse, [], LSTM_MODE, nf,
-            n_layers, biases, both, False, train)
-    workspaces[cell_sizes(x, w_hh)] = res[3].shape
-    return tuple(res)
-
-def lstm_cell_kernel(x, w_ih, w_hh, b_ih, b_hh, h, c, y, h_end, c_end, workspace,
-    y_g, h_g, c_g, reverse, nf, n_layers, biases, both, train):
-    return tuple(aten.mkldnn_rnn_layer_backward(x, w_ih, w_hh, b_ih, b_hh, h, c, y, h_end, c_end,
-        y_g, h_g, c_g, reverse, LSTM_MODE, nf, n_layers, biases, train, both, [], False, workspace))
-
-def like_lstm_cell(x, w_ih, w_hh, b_ih, b_hh, h, c, *_):
-    y,space = x.new_empty(*x.shape[:2], w_hh.shape[1]),workspaces[cell_sizes(x, w_hh)]
-    return y,torch.empty_like(h),torch.empty_like(c),x.new_empty(space, dtype=torch.uint8)
-
-if not hasattr(torch.ops.fnnlite, 'lstm_cell'): # once a process, which may be running this notebook
-    inps = 'Tensor x, Tensor w_ih, Tensor w_hh, Tensor b_ih, Tensor b_hh, Tensor h, Tensor c'
-    kept = 'Tensor y, Tensor h_end, Tensor c_end, Tensor workspace'
-    gs = 'Tensor y_g, Tensor h_g, Tensor c_g'
-    how = 'bool reverse, int nf, int n_layers, bool biases, bool both, bool train'
-    forward,backward = 'fnnlite::lstm_cell','fnnlite::lstm_cell_backward'
-    torch.library.define(forward, f"({inps}, {how}) -> ({', '.join(['Tensor']*4)})")
-    torch.library.define(backward, f"({inps}, {kept}, {gs}, {how}) -> ({', '.join(['Tensor']*7)})")
-    torch.library.impl(forward, 'CPU', lstm_cell_forward)
-    torch.library.impl(backward, 'CPU', lstm_cell_kernel)
-    torch.library.register_fake(forward, like_lstm_cell)
-    torch.library.register_fake(backward, lambda *ts: tuple(map(torch.empty_like, ts[:7])))
 
 # %% ../../nbs/ops/35_recurrences.ipynb #e8036c19
 def onednn_fits(a, x):

@@ -15,9 +15,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import GetAttr
-from ..core.record import floats, traced
+from ..core.record import floats
 from .checkpoints import CheckpointError, FolderLock, check_fit, generators, load_tensors, rng_state, save_tensors, set_rng_state
-from .optimizers import Optimizer
+from .optimizers import Optimizer, clip
 
 # %% ../../nbs/train/66_callbacks.ipynb #35f80a07
 parts = ('fit','epoch','train','validate','batch','backward','step')
@@ -40,7 +40,7 @@ cancels = dict(zip(parts, (CancelFitException, CancelEpochException, CancelTrain
 class Callback(GetAttr):
     "Methods named after `events` are called there; `order` says which callback comes first"
     _default,order,learn = 'learn',0,None
-    is_traced = False # does its `before_step` compute on tensors alone, so that it can be part of a compiled step?
+
     once = () # the events where, of several processes, only the first one's callback is called
 
 # %% ../../nbs/train/66_callbacks.ipynb #70f7f32a
@@ -191,14 +191,11 @@ class OneCycle(Callback):
 
 # %% ../../nbs/train/66_callbacks.ipynb #abc4e46a
 class ClipGrads(Callback):
-    "Scale all gradients down together where their norm exceeds `most`"
-    is_traced = True
+    "Scale all gradients down together where their norm exceeds `max_norm`, in a compiled step too"
     def __init__(self,
-        most:float=1., # the largest norm that is left alone
-    ): self.most = most
-    def before_step(self):
-        each = False if traced() else None # a compiler makes loops of its own
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.most, foreach=each)
+        max_norm:float=1., # the largest norm that is left alone
+    ): self.max_norm = max_norm
+    def before_step(self): clip(self.model.parameters(), self.max_norm)
 
 # %% ../../nbs/train/66_callbacks.ipynb #5e028391
 ending = [getattr(signal, o) for o in ('SIGINT','SIGTERM','SIGHUP') if hasattr(signal, o)] # the signals that politely ask a process to end

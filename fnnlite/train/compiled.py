@@ -7,7 +7,7 @@ __all__ = ['Varying', 'read_elsewhere', 'Seen', 'guard', 'Before', 'CompiledStep
 
 # %% ../../nbs/train/65_compiled.ipynb #d9fa0856
 import threading
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType, NoneType
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import partial
@@ -17,7 +17,7 @@ from ..core.module import Module
 from ..core.record import as_it_is, const, internals, plain as plain_types
 from .graphs import NotOneGraph, captured, changed_by, machine_code, op_by_op, same_graph, same_tensors, written_down
 from .libraries import warn
-from .optimizers import Optimizer
+from .optimizers import Optimizer, clip
 
 # %% ../../nbs/train/65_compiled.ipynb #61150cf8
 def _numbers(v):
@@ -70,8 +70,7 @@ class Seen:
     def __init__(self,
         model, opt,
         varying=(), # options whose numbers are inputs, each as the group's index and its name
-        fs=(), # functions that a step calls besides
-        watched=(), # objects whose numbers those read
+        fs=(), # functions and methods that a step calls besides
     ):
         modules = list(model.modules())
         self.params = list(dict.fromkeys([*model.parameters(), *(p for g in opt.param_groups for p in g['params'])]))
@@ -93,7 +92,7 @@ class Seen:
         self.places += [(opt.state.get,p,opt.state[p]) for p in self.params if p in opt.state]+[(groups.__getitem__,i,g) for i,g in enumerate(groups)]
         torchs = {*vars(torch.optim.SGD([torch.empty(0)]))}
         inside = [v for d,k,v in plain if type(v) not in plain_types and not isinstance(v, (Tensor,FunctionType)) and not (d is vars(opt) and k in torchs)]
-        inside += [*watched, *(f.__self__ for f in fs if hasattr(f, '__self__'))]
+        inside += [f.__self__ for f in fs if hasattr(f, '__self__')]
         read = [*(v for *_,v in (*plain, *methods)), *(getattr(f, '__func__', f) for f in fs)]
         looks = [partial(as_it_is, v, False) for v in inside]
         looks += [lambda get=get: as_it_is(get(), False) for get in read_elsewhere(read)]
@@ -163,7 +162,7 @@ class CompiledStep:
         opt:Optimizer, # of `fnnlite.train.optimizers`
         keep=(), # names of modules and parameters in `model`, whose gradients are put in `step.g` (of a module: its last output's)
         compiler:bool=True, # machine code, or the graph's operations one by one?
-        before=None, after=None, before_step=None, # see `compile_step`
+        before=None, after=None, max_norm=None, # see `compile_step`
     ):
         if not isinstance(model, Module): raise TypeError(f"compile_step: model is a {type(model).__name__}, expected a fnnlite Module")
         if not isinstance(opt, Optimizer): raise TypeError(f"compile_step: opt is a {type(opt).__name__}, expected an optimizer of fnnlite.train.optimizers")
@@ -172,7 +171,10 @@ class CompiledStep:
         for n in self.keep:
             if n not in names: raise ValueError(f"compile_step: keep has {n!r}, expected names of modules or parameters: {', '.join(filter(None, names))}")
         self.model,self.opt,self.compiler,self.g,self.seen,self.run = model,opt,compiler,{},None,None
-        self.before,self.after,self.before_step,self.watched = before,after,before_step,()
+        self.before,self.after,self.max_norm,self.outer = before,after,max_norm,[]
+        for f in (before,after):
+            if not isinstance(f, (FunctionType,MethodType,NoneType)): raise TypeError(f"compile_step: before or after is a {type(f).__name__}, "
+                "expected a function or a method: what another object reads can't be watched")
         self.ordinary,self.why_not,self.n_graphs,self.varying,self.first = False,None,0,set(),None
 
     def eager(self, *args):
@@ -183,7 +185,7 @@ class CompiledStep:
         self.model.backward(free=not self.keep, before=self.before, after=self.after)
         params = dict(self.model.named_parameters()) if self.keep else {}
         self.g = {n:(params[n] if n in params else self.model.get_submodule(n).out).g for n in self.keep}
-        if self.before_step: self.before_step(self.model)
+        if self.max_norm is not None: clip(self.model.parameters(), self.max_norm)
         self.opt.step()
         self.opt.zero_grad()
         if self.keep: self.model.free()
@@ -197,7 +199,7 @@ class CompiledStep:
             if self.why_not!=self.autocast:
                 self._warn(self.autocast, "steps are the ordinary ones meanwhile")
             return self.eager(*args)
-        if self.seen is None or not self.seen.holds():
+        if self.seen is None or self.clipped_at!=self.max_norm or not self.seen.holds():
             with _one_at_a_time: return self._first(args)
         if not self.fits(args): return self.eager(*args)
         if self.first is not None:
@@ -215,7 +217,7 @@ class CompiledStep:
 
     def fits(self, args):
         "Is the graph for such a batch, and right for it?"
-        if len(args)!=self.n_args or not self.guard.check(*args): return False
+        if len(args)!=self.n_args or not self.guard.check(*args, *self.outer): return False
         for p in self.seen.params:
             if p.grad is not None: return False # a step adds to what is there
         for i,n in self.classes: # a loop in machine code can't raise an error
@@ -227,8 +229,8 @@ class CompiledStep:
         "The ordinary step is written down, undone and compiled, and the graph runs"
         self.opt.place_numbers() # where the model is now
         if self.seen is not None: self.varying |= self.seen.changed(self.opt)
-        fs = [f for f in (self.before, self.after, self.before_step) if f]
-        seen = Seen(self.model, self.opt, self.varying if vary else (), fs, self.watched) # what varies: numbers as inputs
+        fs = [f for f in (self.before, self.after) if f]
+        seen = Seen(self.model, self.opt, self.varying if vary else (), fs) # what varies: numbers as inputs
         if any(p.grad is not None for p in seen.params): return self.eager(*args)
         n,before = len(seen.tensors),Before([*seen.tensors, *args], seen.generators)
         try:
@@ -255,8 +257,9 @@ class CompiledStep:
             with torch.no_grad():
                 if all(t.is_cuda for t in ts): self.run = captured(self.run, ts, range(n, n+len(args)))
         finally: before.put_back() # the step, and what compiler and capture have drawn
-        self.seen,self.more,self.n_args,self.guard,self.n_graphs = seen,more,len(args),guard(args),self.n_graphs+1
-        self.first = gm,more
+        self.outer = [t for t in more if isinstance(t, Tensor)]
+        self.seen,self.more,self.n_args,self.guard,self.n_graphs = seen,more,len(args),guard([*args, *self.outer]),self.n_graphs+1
+        self.first,self.clipped_at = (gm,more),self.max_norm
         self.classes = [(i,t.n_classes) for i,t in enumerate(self.batch) if hasattr(t, 'n_classes')]
         return self._run(args) if undone else loss
 
@@ -304,8 +307,8 @@ def compile_step(
     opt:Optimizer, # of `fnnlite.train.optimizers`
     keep=(), # names of modules and parameters in `model`, whose gradients each step leaves in `step.g` (a module's: of its output)
     compiler:bool=True, # make machine code of it? Or call its operations one by one: at once, but a small net's steps take longer
-    before=None, after=None, # functions of each call in the walk back (see `walk`), part of the graph
-    before_step=None, # function of the model, part of the graph: all gradients are there, and the update comes next
+    before=None, after=None, # functions of each call in the walk back (see `walk`). What they do to tensors is part of the graph, what else they do isn't
+    max_norm:float|None=None, # scale all gradients down together where their norm exceeds that
 )->CompiledStep:
     "A function `step(xb, yb)` that does `model(xb, yb)`, `model.backward()`, `opt.step()` and `opt.zero_grad()` as one graph, and returns the loss"
-    return CompiledStep(model, opt, keep, compiler, before, after, before_step)
+    return CompiledStep(model, opt, keep, compiler, before, after, max_norm)

@@ -42,16 +42,13 @@ class Learner:
         mine = set(model.parameters())
         if not any(p in mine for g in self.opt.param_groups for p in g['params']): raise ValueError("Learner: opt has none of the model's parameters")
         self.history,self.epoch,self.n_epoch,self.training = History(),0,0,False
-        self.around = dict(before=before, after=after)
+        self.around = {k:f for k,f in dict(before=before, after=after).items() if f}
         self.cbs = [Recorder(),StopAtNonFinite(),Progress(),*(o() if isinstance(o, type) else o for o in listify(cbs))]
         if compiled not in (True,False,'graph'): raise ValueError(f"Learner: compiled is {compiled!r}, expected True, False or 'graph'")
         self.step = None
         if compiled:
             from fnnlite.train.compiled import compile_step
-            traced = [o for o in self.cbs if o.is_traced and hasattr(type(o), 'before_step')]
-            before_step = (lambda model: self('before_step')) if traced else None
-            self.step = compile_step(model, self.opt, compiler=compiled!='graph', before_step=before_step, **self.around)
-            self.step.watched = traced
+            self.step = compile_step(model, self.opt, compiler=compiled!='graph', **self.around)
 
 
 
@@ -90,7 +87,7 @@ class Learner:
         if self.step is not None:
             for o in self.cbs:
                 for e in inner_events:
-                    if hasattr(type(o), e) and not (o.is_traced and e=='before_step'): raise ValueError(
+                    if hasattr(type(o), e) and type(o) is not ClipGrads: raise ValueError(
                         f"Learner: {type(o).__name__} wants to be called at '{e}', which is inside a compiled step")
         self.n_epoch,self.epoch,self.interrupted,self.history = n,0,False,History()
         self.model.free() # calls that nobody will walk back over
@@ -121,6 +118,7 @@ class Learner:
 
     def _train_batch(self):
         if self.step is not None:
+            self.step.max_norm = min([o.max_norm for o in self.cbs if type(o) is ClipGrads], default=None)
             self.loss = self.step(self.xb, self.yb)
             return self('after_loss')
         self.loss = self.model(const(self.xb), const(self.yb))
