@@ -94,7 +94,7 @@ def test_shares():
 walking = ['same_losses_and_weights','float32','no_row_to_train_with','fewer_rows_than_processes','other_losses','shared_layer','unused_branches',
     'cancels_in_all','cancelled_in_one','error_in_one','different_weights','different_data_and_models','metrics_with_a_state','weight_in_the_batch_is_kept','sent_while_walking',
     'only_the_first_writes','errors_name_the_process','torchs_wrappers','save','load']
-four = ['same_losses_and_weights','float32','fewer_rows_than_processes','unused_branches','load']
+four = ['same_losses_and_weights','fewer_rows_than_processes']
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
