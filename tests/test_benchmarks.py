@@ -2,6 +2,8 @@
 import json, math, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
+from fnnlite import SGD, Lin, Model, Mse, Relu, compile_step
+from fnnlite.ops import routes
 
 root = Path(__file__).parents[1]
 sys.path.insert(0, str(root)) # the benchmarks aren't part of the package
@@ -16,9 +18,10 @@ def command(*args):
     p = subprocess.run([sys.executable,'-c',code,*map(str, args)], cwd=root, env={**os.environ, 'OMP_NUM_THREADS':'1'}, capture_output=True, text=True)
     return p.returncode,p.stdout,p.stderr
 
+@pytest.mark.slow
 def test_command(tmp_path):
     peers = ['fnnlite eager','torch eager','torch fused','floor','numpy']
-    code,out,err = command('--quick', '--sections', 'steps', '--workloads', 'numpy', '--peers', ','.join([*peers,'jax jit','tinygrad']),
+    code,out,err = command('--quick', '--workloads', 'numpy', '--peers', ','.join([*peers,'jax jit','tinygrad']),
         '--json', tmp_path/'res.json', '--out', tmp_path/'out')
     assert code==0, err
     res = json.loads((tmp_path/'res.json').read_text())
@@ -30,6 +33,7 @@ def test_command(tmp_path):
         for key,ref in (('to_eager','torch eager'),('to_floor','floor')):
             assert r[key]==pytest.approx(sum(a/b for a,b in zip(r['seconds'], rows[ref]['seconds']))/2)
     assert set(res['left_out'])=={'jax jit','tinygrad jit'} and 'left out: jax jit: jax is not installed' in out
+    assert {r['peer'] for r in res['memory']}=={'fnnlite eager','torch eager'} and all(r['bytes']>1000 for r in res['memory'])
     assert all(p in out for p in peers) and (tmp_path/'out'/'ratios.png').stat().st_size>5000
     page = report.page(res, 'plot.png')
     assert all(s in page for s in (torch.__version__, '| torch fused | ', 'forward 0: ', 'left out: jax jit')) and str(tmp_path) not in page
@@ -82,17 +86,24 @@ def test_peak_memory():
         a,b = torch.empty(mb),torch.empty(mb)
         del b
         kept[:] = [a] # that of the last call goes only now
-    step = torch_home.builders['torch eager'](workloads['mlp64'].tiny(), 'sgd', 'cpu')
-    assert memory.cpu_peak(step)>1000
     before = torch.empty(10*mb) # isn't counted, though it's let go
     assert 8*mb<=memory.cpu_peak(two_of_three)<8.01*mb
     def drops(): nonlocal before; before = None; two_of_three()
     assert 8*mb<=memory.cpu_peak(drops)<8.01*mb
     assert 12*mb<=memory.cpu_peak(leaves_one)<12.01*mb
 
-def test_products_copy_nothing():
-    "inductor copies what an operation reads, and keeps it, unless a tag says that any layout will do: 12 MB at once, not 8, with 4096 rows of 256."
-    assert torch.Tag.flexible_layout in torch.ops.fnnlite.onednn_product.default.tags
+@pytest.mark.slow
+def test_compiled_products_copy_nothing(monkeypatch):
+    "inductor copies what an operation reads, and keeps it, unless it is told that any layout will do."
+    if not torch.backends.mkldnn.is_available(): pytest.skip('this torch has no oneDNN')
+    monkeypatch.setattr(routes, '_avx512', True) # else oneDNN's route copies weights
+    monkeypatch.setattr(routes, '_amd', 25)
+    model = Model([Lin(64, 256), Relu(), Lin(256, 1)], Mse())
+    step,mb = compile_step(model, SGD(model.parameters())),2**20
+    x,y = torch.randn(4096, 64),torch.randn(4096) # 4 MB of activations, and as much of their gradient
+    for _ in range(2): step(x, y)
+    assert step.why_not is None
+    assert 8*mb<=memory.cpu_peak(lambda: step(x, y))<10*mb
 
 def test_floor(monkeypatch):
     w = workloads['mlp64'].tiny()

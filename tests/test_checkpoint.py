@@ -468,6 +468,7 @@ def test_a_second_run_is_refused(tmp_path):
         except KeyError: pass
         learner(Checkpoint(tmp_path/'b')).fit(1)
 
+@pytest.mark.slow
 def test_another_process_is_refused(tmp_path):
     folder = tmp_path/'run'
     with FolderLock(folder):

@@ -255,6 +255,7 @@ def test_signal(number, run, small, tmp_path):
     with Image.open(folder/'curves.png') as im: im.load()
     assert_resumes(run, small, folder, tmp_path)
 
+@pytest.mark.slow
 def test_second_signal(run, small, tmp_path):
     "Ends it in the middle of the batch, without a word; the last whole epoch is on disk."
     folder = tmp_path/'out'
@@ -498,6 +499,7 @@ def test_names_of_one_line(run, trained, digits, tmp_path):
     one_line(run('fnnlite_predict', good, '--weights', tmp_path/'\n\x1b'), 'fnnlite_predict')
     one_line(run('fnnlite_train', '--data', tmp_path/'\n\x1b'), 'fnnlite_train')
 
+@pytest.mark.slow
 def test_no_regular_files(digits, trained, tmp_path):
     "The real command doesn't wait for a pipe's other end, nor for the end of a device."
     os.mkfifo(tmp_path/'pipe')

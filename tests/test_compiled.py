@@ -241,6 +241,7 @@ def torchs(make, batch=batch, kw={}, n=22, **options):
     (attending, batch, nesterov), (Raw, batch, {}), (Mixed, batch, {})], ids=['dropped','normed','embedded','attending','Raw','Mixed'])
 def test_torchs_nets(interpreted, make, batch, kw): torchs(make, batch, kw)
 
+@pytest.mark.slow
 def test_torchs_net_in_machine_code():
     step = torchs(normed, kw=nesterov, keep='layers.0.weight')
     assert step.g['layers.0.weight'].shape==(5,6)
@@ -278,6 +279,15 @@ def test_schedules(interpreted, cls, kw, schedule):
     theirs,ours,step = by_torch(cls, schedule, **kw)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     assert step.n_graphs==2 and step.why_not is None
+
+@pytest.mark.slow
+def test_schedule_in_machine_code(monkeypatch):
+    "The second graph is, which has the numbers as inputs."
+    graphs,machine_code = [],compiled.machine_code
+    monkeypatch.setattr(compiled, 'machine_code', lambda gm, ts: graphs.append(gm) or (machine_code(gm, ts) if len(graphs)>1 else compiled.op_by_op(gm)))
+    theirs,ours,step = by_torch('AdamW', one_cycle)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert step.n_graphs==2 and step.compiler
 
 def test_all_numbers_of_an_option_by_hand(interpreted):
     "Every number of RMSprop's at once; back and forth over zero each graph is made anew."

@@ -465,6 +465,7 @@ def test_progress_bar_is_closed():
     with pytest.raises(ZeroDivisionError): learn.fit(1)
     assert not getattr(tqdm, '_instances', ())
 
+@pytest.mark.slow
 def test_in_a_notebook():
     "In a real kernel: the bar is a widget, the history a table."
     code = '''

@@ -174,6 +174,7 @@ for i in range(30):
     assert [p.wait(timeout=300) for p in both]==[0,0]
     assert {p.suffix for p in (tmp_path/'fnnlite'/'compiled').iterdir()}=={'.so'}
 
+@pytest.mark.slow
 def test_uncompiled_runs_leave_the_cache_alone(tmp_path):
     code = """import torch, fnnlite.train.compiled
 from fnnlite import SGD, Lin, Model, Mse, compile_step

@@ -62,6 +62,7 @@ def test_it_learns_a_text_and_writes_it(run, small, tmp_path): # noqa: F811
     assert len(rows)==3 and float(rows[-1]['valid_loss'])<.3 and f"{float(rows[-1]['valid_loss']):.3f} nats" in out
     assert float(re.search(r'at most (\de-\d+)', out)[1])<1e-9
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(run, small, tmp_path, monkeypatch): # noqa: F811
     "And ends with the same weights, bit by bit."
     assert run('fnnlite_write', *small, '--out', tmp_path/'whole')[0]==0
