@@ -111,14 +111,17 @@ def assert_passed(folder, got, n, name):
         said = json.loads(path.read_text()) if path.exists() else {}
         assert said.get(name)=='passed', f"process {rank}: {said.get(name, 'came to no end')}\n{[*said.values()][-1:]}\n{got[2][-3000:]}"
 
-@pytest.mark.parametrize('name', walking)
-def test_two_processes(two, name): assert_passed(*two, 2, name)
+@pytest.mark.filterwarnings('ignore:torch.distributed is disabled')
+def test_two_processes(two):
+    "All checks; they end well, and one process goes on from what two saved with torch's own checkpoint. One test, or each worker of pytest's would start them."
+    for name in walking: assert_passed(*two, 2, name)
+    assert two[1][0]==0
+    worker.torchs_checkpoint(two[0])
+
 @pytest.mark.slow
-@pytest.mark.parametrize('name', four)
-def test_four_processes(on_four, name): assert_passed(*on_four, 4, name)
-def test_they_end_well(two): assert two[1][0]==0
-@pytest.mark.slow
-def test_four_end_well(on_four): assert on_four[1][0]==0
+def test_four_processes(on_four):
+    for name in four: assert_passed(*on_four, 4, name)
+    assert on_four[1][0]==0
 
 @pytest.mark.slow
 def test_the_groups_threads_end_with_it():
@@ -137,9 +140,6 @@ assert threads()==before
     status,_,err = torchrun(2, '--no-python', sys.executable, '-c', code)
     assert status==0, err
 
-@pytest.mark.filterwarnings('ignore:torch.distributed is disabled')
-def test_torchs_checkpoint_in_one_process(two): worker.torchs_checkpoint(two[0])
-
 
 # The command
 
@@ -152,17 +152,11 @@ def small(tmp_path_factory):
 
 def history(folder): return [{k:v for k,v in r.items() if k!='time'} for r in load_tensors(folder/'checkpoint.safetensors')[1]['history']]
 
-@pytest.fixture(scope='module')
-def killed(small, tmp_path_factory):
-    "A run in which process 1 gets SIGKILL in its third epoch: (output folder, exit status, stderr, seconds)"
-    start,folder = time.monotonic(),tmp_path_factory.mktemp('killed')/'out'
+def killed(small, folder):
+    "A run into `folder` in which process 1 gets SIGKILL in its third epoch: torchrun names it, within a minute, and we add a line at most."
+    start = time.monotonic()
     code,_,err = torchrun(2, 'distributed_worker.py', 'command', *small, '--out', folder, KILL='1')
-    return folder,code,err,time.monotonic()-start
-
-def test_a_process_is_killed(killed):
-    "torchrun names it, within a minute, and we add a line at most."
-    folder,code,err,seconds = killed
-    assert code!=0 and seconds<60
+    assert code!=0 and time.monotonic()-start<60
     assert re.search(r'Root Cause.*rank +: 1 .*exitcode +: -9 .*SIGKILL', err, re.S) and len(re.findall('fnnlite_train', err))<=1, err
     assert len(history(folder))==2 and not (folder/'model.safetensors').exists()
 
@@ -177,9 +171,10 @@ def test_terminated(small, tmp_path, tmp_path_factory):
     assert code!=0 and re.search(r'exitcode +: 143', err) and ours==[f'Stopped. History in {folder}; --resume goes on from the last whole epoch']
     assert len(history(folder))==2 and len((folder/'history.csv').read_text().splitlines())==3 and time.monotonic()-start<60
 
-def test_command_and_resume(killed, small, tmp_path, tmp_path_factory, monkeypatch, capsys):
+def test_killed_and_resumed(small, tmp_path, tmp_path_factory, monkeypatch, capsys):
     "Going on from there, two processes print and write once what one does that was never stopped; float32, to 1e-5. The last batches are of one row."
-    folder,one = killed[0],tmp_path
+    folder,one = tmp_path_factory.mktemp('killed')/'out',tmp_path
+    killed(small, folder)
     logs = tmp_path_factory.mktemp('logs') # each process has its own, or lines of theirs could meet in one
     code,_,err = torchrun(2, '--redirects', '1', '--log-dir', logs, '--no-python', script, *small, '--out', folder, '--resume')
     assert code==0 and 'fnnlite' not in err, err
