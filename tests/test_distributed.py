@@ -171,6 +171,7 @@ def test_terminated(small, tmp_path, tmp_path_factory):
     assert code!=0 and re.search(r'exitcode +: 143', err) and ours==[f'Stopped. History in {folder}; --resume goes on from the last whole epoch']
     assert len(history(folder))==2 and len((folder/'history.csv').read_text().splitlines())==3 and time.monotonic()-start<60
 
+@pytest.mark.slow
 def test_killed_and_resumed(small, tmp_path, tmp_path_factory, monkeypatch, capsys):
     "Going on from there, two processes print and write once what one does that was never stopped; float32, to 1e-5. The last batches are of one row."
     folder,one = tmp_path_factory.mktemp('killed')/'out',tmp_path

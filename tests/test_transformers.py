@@ -82,7 +82,7 @@ class Loss(Module):
     def __init__(self, net, names): self.net,self.names = net,names
     def forward(self, *ts): return self.net(**dict(zip(self.names, ts))).loss
 
-@pytest.mark.parametrize('make', [gpt2,bert,resnet], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('make', [gpt2,bert,pytest.param(resnet, marks=pytest.mark.slow)], ids=lambda f: f.__name__)
 def test_compiled(make):
     net,ref,kw = twins(make)
     m = Model(Loss(net, list(kw)))
