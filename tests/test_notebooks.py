@@ -1,6 +1,7 @@
 "The notebooks are tests: each runs from top to bottom, and the package is what they export."
 import importlib.util, os, shutil, subprocess, sys
 from pathlib import Path
+import pytest
 
 root = Path(__file__).parent.parent
 notebooks = sorted(p.relative_to(root) for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
@@ -14,7 +15,10 @@ def run(module, *args, cwd=root):
     assert p.returncode==0, p.stdout+p.stderr
     return p.stdout
 
-def test_notebooks_run(): assert 'Success' in run(('test','nbdev_test'), '--n-workers', 2)
+long = '^0[234]_' # lessons that train for minutes
+def test_notebooks_run(): assert 'Success' in run(('test','nbdev_test'), '--n-workers', 2, '--skip-file-re', long)
+@pytest.mark.slow
+def test_long_lessons_run(): assert 'Success' in run(('test','nbdev_test'), '--n-workers', 2, '--file-re', long)
 
 def exported(folder):
     "The package's files by name, without those that are written by hand."
