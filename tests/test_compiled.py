@@ -565,6 +565,18 @@ def test_before_and_after(interpreted, graphs):
     plain,*_ = train(lambda s: s)
     assert (plain[1:]-train(lambda s: s, before=scale.before, after=scale.after)[0][1:]).abs().max()>1e-4
 
+def test_what_a_hooks_class_says_is_seen(interpreted, monkeypatch):
+    scale = Scale()
+    def change(i, *_): monkeypatch.setattr(Scale, 'by', 2. if i<30 else 3.)
+    same(graphs=2, between=change, before=scale.before)
+
+def test_a_limit_in_a_tensor_is_no_constant(interpreted):
+    "It may change: the steps are ordinary ones."
+    limit = torch.tensor(.1)
+    step = compile_step(m := net(), SGD(m.parameters(), lr=.1), max_norm=limit)
+    with pytest.warns(UserWarning, match='a number was read'): step(*batch())
+    assert step.ordinary
+
 factor = 2.
 def by_factor(call):
     if call.name=='Relu': call.out.g = factor*call.out.g

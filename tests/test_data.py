@@ -300,7 +300,7 @@ def test_hostile_files(hostile, tmp_path):
     arrays = {k:np.zeros((v,784), np.float32) for k,v in n.items()} | {k.replace('x', 'y'):np.zeros(v, int) for k,v in n.items()}
     np.savez(tmp_path/'all.npz', **arrays)
     parts = tuple((arrays[f'x_{k}'],arrays[f'y_{k}']) for k in ('train','test'))
-    (tmp_path/'all.pkl').write_bytes(pickle.dumps(parts, 5))
+    for p in 2,5: (tmp_path/f'all{p}.pkl').write_bytes(pickle.dumps(parts, p))
     del arrays, parts
     worker,bad,seen = hostile.Worker(),[],0
     def read(kind, path, good=False):
@@ -309,7 +309,7 @@ def test_hostile_files(hostile, tmp_path):
         wrong = kind in ('data','image','net') and good!=(res['what']=='read')
         if (what := hostile.harm(res, path)) or wrong: bad.append((kind,path.name,what,res))
     try:
-        for p in 'all.npz','all.pkl': read('data', tmp_path/p, True); (tmp_path/p).unlink()
+        for p in 'all.npz','all2.pkl','all5.pkl': read('data', tmp_path/p, True); (tmp_path/p).unlink()
         (tmp_path/'special').mkdir()
         for kind,path in hostile.special(tmp_path/'special'): read(kind, path)
         for kind,name,contents in hostile.crafted(big=False):

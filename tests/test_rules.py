@@ -9,14 +9,14 @@ spec = importlib.util.spec_from_file_location('coverage_script', Path(__file__).
 spec.loader.exec_module(coverage := importlib.util.module_from_spec(spec))
 shards = 8
 
-@pytest.mark.parametrize('shard', [*range(0, shards, 2), *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, shards, 2))])
-def test_samples(shard):
+@pytest.mark.parametrize('shard,most', [*((i,2) for i in range(0, shards, 2)), *(pytest.param(i, 4, marks=pytest.mark.slow) for i in range(shards))])
+def test_samples(shard, most):
     "Outputs and gradients are autograd's; whatever else is refused, and nothing wrong."
     ops,right = coverage.database(),set()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for name in list(ops)[shard::shards]:
-            seen = coverage.check(ops[name], most=2)
+            seen = coverage.check(ops[name], most)
             assert not [w for w in seen if w.startswith('WRONG')], (name, seen)
             if seen['right']: right.add(name)
     assert len(right)>35

@@ -92,7 +92,7 @@ class Seen:
         self.places += [(opt.state.get,p,opt.state[p]) for p in self.params if p in opt.state]+[(groups.__getitem__,i,g) for i,g in enumerate(groups)]
         torchs = {*vars(torch.optim.SGD([torch.empty(0)]))}
         inside = [v for d,k,v in plain if type(v) not in plain_types and not isinstance(v, (Tensor,FunctionType)) and not (d is vars(opt) and k in torchs)]
-        inside += [f.__self__ for f in fs if hasattr(f, '__self__')]
+        inside += [o for f in fs if hasattr(f, '__self__') for o in (f.__self__, type(f.__self__))]
         read = [*(v for *_,v in (*plain, *methods)), *(getattr(f, '__func__', f) for f in fs)]
         looks = [partial(as_it_is, v, False) for v in inside]
         looks += [lambda get=get: as_it_is(get(), False) for get in read_elsewhere(read)]

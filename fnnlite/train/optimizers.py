@@ -44,7 +44,7 @@ def clip(
 ):
     "Scale all gradients down together where their norm exceeds `max_norm` (Pascanu, Mikolov and Bengio 2013)"
     each = False if traced() else None # a compiler makes loops of its own
-    torch.nn.utils.clip_grad_norm_(params, max_norm, foreach=each)
+    torch.nn.utils.clip_grad_norm_(params, float(max_norm), foreach=each)
 
 # %% ../../nbs/train/60_optimizers.ipynb #ad4e325e
 def _mean_square(sqrs, gs, beta):
