@@ -172,9 +172,7 @@ class Record(Views, TorchFunctionMode):
             target = args[0] if args else next(iter(kwargs.values()))
             if isinstance(target, Tensor) and not is_float(target): return self.constant(f, args, kwargs, ts, versions)
             return self.in_place(f, rule, args, kwargs, ts, sources, versions)
-        run = rule.forward if rule and rule.forward else f
-        if kind.ours and not (rule and rule.is_known): run = guards.only_its_own(run, name_of(f), came_in, self.has_gradient)
-        out = self.plain(run, args, kwargs)
+        out = self.plain(self.forward_of(kind, came_in), args, kwargs)
         given = {*map(id, ts)}
         if kind.ours: out = maptree(lambda o: o.view_as(o) if id(o) in given else o, out)
         if [t._version for t in ts]!=versions:
@@ -187,6 +185,12 @@ class Record(Views, TorchFunctionMode):
         self.note(f, rule, params, args, kwargs, out, outs, came_in, ts, sources)
         self.look_for_views(ts, out, outs, f, args, kwargs)
         return out
+
+    def forward_of(self, kind, came_in):
+        "What runs: the function, or ours in its place. One's own is watched: does it use what it was given alone?"
+        run = kind.rule.forward if kind.rule and kind.rule.forward else kind.f
+        if not kind.ours or kind.rule and kind.rule.is_known: return run
+        return guards.only_its_own(run, name_of(kind.f), came_in, self.has_gradient)
 
     def note(self, f, rule, own, args, kwargs, out, outs, came_in, ts, sources, kept=None):
         "A call, and that what came out of it is from there"
