@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['operators', 'turned', 'alone', 'binds', 'Slot', 'text_of', 'listed', 'not_default', 'full_name', 'written', 'Line',
-           'same_view', 'Writer', 'Written', 'formulas', 'named_inputs']
+           'same_view', 'Writer', 'Written', 'formulas']
 
-# %% ../../nbs/nets/47_codes.ipynb #d9cf27f6
+# %% ../../nbs/nets/47_codes.ipynb #6e394b00
 import math
 from contextlib import contextmanager
 from inspect import signature
@@ -21,7 +21,7 @@ from ..core.module import Module
 from ..core.record import GradError, floats, path, tensors
 from ..core.rules import kernels, looks, name_of
 from .containers import the_loss
-from .seeing import as_before
+from .seeing import Text, as_before, named_inputs
 
 # %% ../../nbs/nets/47_codes.ipynb #a7f2fde6
 operators = {'add':'+', 'sub':'-', 'mul':'*', 'div':'/', 'true_divide':'/', 'truediv':'/', 'pow':'**',
@@ -241,7 +241,7 @@ class Written(Record):
         modules = self.around()
         if modules: self.writer.comment(f"# {path(modules[0], self.root)}")
 
-# %% ../../nbs/nets/47_codes.ipynb #b55777da
+# %% ../../nbs/nets/47_codes.ipynb #a18d188a
 @contextmanager
 def formulas():
     "Inside, rules run by their formulas, and not by torch's kernels"
@@ -249,20 +249,15 @@ def formulas():
     try: yield
     finally: kernels.on = before
 
-def named_inputs(args, kwargs)->dict:
-    "The tensors that came in, by the names that they get"
-    ts = tensors((args,kwargs), openly=False)
-    names = ['inp','targ'] if len(ts)==len(args)==2 else ['inp'] if len(ts)==1 else [f"inp{i+1}" for i in range(len(ts))]
-    return dict(zip(names, ts))
-
 @patch
 def as_code(self:Module,
     *args, **kwargs, # what the model gets
-)->str: # a program; its `step(w, inp, targ)` returns the loss, and the gradients by name
+)->Text: # a program; its `step(w, inp, targ)` returns the loss, and the gradients by name
     """Forward and backward as plain torch, straight down. GradError for a `Wrap`, which has no formula
 
     Branches, loops, sizes and numbers read from tensors are those of this input. Random numbers are drawn
-    as in the model, so the same seed gives the same mask. The model, its buffers and the generator stay as they are."""
+    as in the model, so the same seed gives the same mask, and
+    buffers in `w` change in place. The model, its buffers and the generator stay as they are."""
     w,inps = Writer(),named_inputs(args, kwargs)
     with as_before(self), formulas():
         for n,t in [*self.named_parameters(),*self.named_buffers()]: w.name(t, f"w['{n}']")
@@ -292,4 +287,4 @@ def as_code(self:Module,
     body = [f'"The loss and the gradients by name, from w, the parameters and buffers by name; {shapes}"',
         'g = {}', *(part for l in lines for part in l.split('\n')), f"return {w.names[w.key(loss)]},g"]
     head = ['import torch','import torch.nn.functional as F','','@torch.no_grad()',f"def step(w, {', '.join(inps)}):"]
-    return '\n'.join(head+[f"    {l}" if l else '' for l in body])+'\n'
+    return Text('\n'.join(head+[f"    {l}" if l else '' for l in body])+'\n')

@@ -38,9 +38,9 @@ class Model(Module):
         "The output of the layers, in eval mode and without a record"
         with evaluating(self): return self.layers(*inps, **kwargs)
 
-    def summary(self, *inps):
+    def summary(self, *inps, depth=None):
         "Print a table of the layers that `inps` pass through: output shape, parameters, multiply-adds"
-        print(summary(self.layers, *inps))
+        print(summary(self.layers, *inps, depth=depth))
 
 # %% ../../nbs/nets/42_containers.ipynb #b74cb47c
 def the_loss(out):
