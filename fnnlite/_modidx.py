@@ -137,6 +137,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fnnlite.core.checks.check_grads': ('core/checks.html#check_grads', 'fnnlite/core/checks.py'),
                                      'fnnlite.core.checks.check_inp': ('core/checks.html#check_inp', 'fnnlite/core/checks.py'),
                                      'fnnlite.core.checks.check_pair': ('core/checks.html#check_pair', 'fnnlite/core/checks.py'),
+                                     'fnnlite.core.checks.hinted': ('core/checks.html#hinted', 'fnnlite/core/checks.py'),
                                      'fnnlite.core.checks.likely': ('core/checks.html#likely', 'fnnlite/core/checks.py'),
                                      'fnnlite.core.checks.name_of_checked': ('core/checks.html#name_of_checked', 'fnnlite/core/checks.py'),
                                      'fnnlite.core.checks.test_near': ('core/checks.html#test_near', 'fnnlite/core/checks.py')},

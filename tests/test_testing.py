@@ -5,6 +5,7 @@ from fnnlite import functional as F
 from fnnlite import Module, Concat, Dropout, Lin, Mul, Relu
 from fnnlite import Softmax, Tanh, CrossEntropy, Mse, Model, Sequential, GradError, const, check_grads, test_near
 from cases import cases
+from helpers import rand
 
 R = torch.randn
 
@@ -228,3 +229,24 @@ def test_forward_that_is_not_a_function_is_refused():
             return x*Counts.n
         def bwd(self, out, x): x.g = out.g*Counts.n
     with pytest.raises(ValueError, match='Counts gives another output each time'): check_grads(Counts(), torch.randn(3))
+
+# hints
+
+def test_hints_say_what_is_wrong(capsys):
+    "Of each gradient; and nothing is raised."
+    class Affine(Module):
+        def __init__(self): self.w,self.b = rand(3),rand(3)
+        def forward(self, inp): return inp*self.w+self.b
+    def with_bwd(f): return type('Affine', (Affine,), {'forward':Affine.forward, 'bwd':f})()
+    def said(f):
+        capsys.readouterr()
+        return check_grads(with_bwd(f), rand(4, 3), hints=True),capsys.readouterr().out
+    def hole(self, out, inp): raise NotImplementedError
+    def half(self, out, inp): inp.g,self.w.g = out.g*self.w,-(out.g*inp).sum(0)
+    def broken(self, out, inp): inp.g = out.g@self.w.t()@self.w
+    def whole(self, out, inp): inp.g,self.w.g,self.b.g = out.g*self.w,(out.g*inp).sum(0),out.g.sum(0)
+    assert said(hole)==(False,'Affine: bwd is not written yet\n')
+    assert said(half)==(False,'inp.g: right\nw.g: wrong (it is -1 times the true one)\nb.g: not written yet\n')
+    found,text = said(broken)
+    assert not found and text.startswith('Affine: bwd ends with an error')
+    assert said(whole)==(True,'inp.g: right\nw.g: right\nb.g: right\n')
