@@ -10,7 +10,7 @@ import fnnlite
 nbs = Path(__file__).parent.parent/'nbs'
 def module(nb): return '.'.join([*nb.parent.parts, nb.stem.partition('_')[2]])
 numbered = sorted(p.relative_to(nbs) for p in nbs.rglob('[0-9]*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-numbers = {nb:int(nb.stem[:2]) for nb in numbered}
+numbers = {nb:int(nb.stem.partition('_')[0]) for nb in numbered}
 codes = {nb:[c.source for c in read_nb(nbs/nb).cells if c.cell_type=='code'] for nb in numbers}
 rooms = {f'fnnlite.{module(nb)}':nb for nb,cells in codes.items() if any('#| export' in c for c in cells)}
 each_room = pytest.mark.parametrize('room', rooms)
