@@ -3,6 +3,7 @@
 gpt: nanoGPT's recipe for a CPU, 4 layers, 4 heads, 128 wide, 12 rows of 64 characters, no bias, no dropout; gradients clipped at 1.
 resnet: five blocks of two 3×3 convolutions, 8 to 64 channels, on 64 pictures of 28×28.
 lstm: a language model of one LSTM (65-128-256-65), 32 rows of 64 characters.
+gpt2: the first one at GPT-2's size, 124 million weights, 4 rows of 64; not compiled, which takes minutes.
 All by AdamW with weight decay on matrices."""
 import tempfile, time
 from functools import partial
@@ -74,7 +75,8 @@ class CharLSTM(nn.Module):
 
 def characters(B, T): return torch.randint(65, (2, B, T)).unbind()
 def pictures(n): return torch.randn(n, 1, 28, 28),torch.randint(10, (n,))
-nets = dict(gpt=(GPT, partial(characters, 12, 64), 1.), resnet=(ResNet, partial(pictures, 64), None), lstm=(CharLSTM, partial(characters, 32, 64), None))
+nets = dict(gpt=(GPT, partial(characters, 12, 64), 1.), resnet=(ResNet, partial(pictures, 64), None), lstm=(CharLSTM, partial(characters, 32, 64), None),
+    gpt2=(partial(GPT, 50257, 1024, 12, 12, 768), partial(characters, 4, 64), 1.))
 names = ['torch eager','torch.compile','fnnlite loss.backward','fnnlite eager','fnnlite lean','fnnlite compiled']
 
 def groups(net): # of parameters: matrices with weight decay, and the rest
@@ -129,8 +131,9 @@ def peak(name, net):
 
 def run(args, fail):
     for net in nets if args.device=='cpu' else ():
+        if args.quick and net=='gpt2': continue
         say(f'nets: {net}')
-        chosen = [n for n in names if not args.quick or 'compile' not in n]
+        chosen = [n for n in names if not (args.quick or net=='gpt2') or 'compile' not in n]
         try:
             with tempfile.TemporaryDirectory() as cache: times,firsts = fresh(measure, net, chosen, args.rounds, **own_cache(cache))
         except PeerError as e:

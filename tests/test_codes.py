@@ -1,5 +1,6 @@
 "`as_code`: a step as a program in plain torch."
 import pytest, torch
+import torch.nn.functional as F
 from fastcore.test import expect_fail
 from torch import nn
 from cases import InNet, cases, kind, name
@@ -61,11 +62,24 @@ class Loop(nn.Module):
             if h.sum()>0: h = 1-h/3
         return h.sum(0).tanh().max()*h.std()
 
+class Rows(nn.Module):
+    "A tensor written into three times, each time another one with a gradient"
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+    def forward(self, x):
+        out = torch.zeros(3, *x.shape, dtype=x.dtype)
+        for i in range(3):
+            x = self.lin(x)+x
+            out[i] = x
+        return F.gelu(out).norm()
+
 nets = {
     'gpt': lambda: (Model(GPT(20, 8, 2, 2, 8, dropout=.1), CrossEntropy()), torch.randint(0, 20, (2, 8)), torch.randint(0, 20, (2, 8))),
     'resnet': lambda: (Model(resnet(), CrossEntropy()), rand(2, 1, 28, 28), torch.randint(0, 10, (2,))),
     'char lstm': lambda: (Model(CharLSTM(7, 4, 3), CrossEntropy()), torch.randint(0, 7, (2, 5)), torch.randint(0, 7, (2, 5))),
     'loop': lambda: (Model(Loop()), rand(5, 4)),
+    'rows': lambda: (Model(Rows()), rand(5, 4)),
     'cnn': lambda: (Model(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Dropout(.3), nn.Flatten(),
         nn.Linear(338, 3)), nn.CrossEntropyLoss(label_smoothing=.1)), rand(2, 1, 28, 28), torch.randint(0, 3, (2,))),
     'transformer': lambda: (Model(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.MSELoss()), rand(2, 5, 8), rand(2, 5, 8))}

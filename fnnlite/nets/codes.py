@@ -89,7 +89,7 @@ def written(f, args, kwargs)->tuple:
     if name=='__get__': return [*me,'.'+f.__self__.__name__],alone
     return [*me,f".{name}(",*listed(args, kwargs),')'],alone
 
-# %% ../../nbs/nets/147_codes.ipynb #da8e8d32
+# %% ../../nbs/nets/147_codes.ipynb #d7096777
 class Line:
     "A statement: the tensors that it makes, the parts of its text, and how tightly it binds"
     def __init__(self, outs, parts, binds=alone, fixed=True, is_tuple=False):
@@ -109,15 +109,17 @@ class Writer(TorchFunctionMode):
     "Writes a line for each of torch's functions that runs inside it"
     def __init__(self):
         super().__init__()
-        self.lines,self.names,self.alias_of,self.met,self.ours = [],{},{},[],[]
+        self.lines,self.names,self.whose,self.alias_of,self.met,self.ours = [],{},{},{},[],[]
         self.is_forward,self.in_rule = True,False
 
     def key(self, t):
         self.met.append(t) # or another tensor might get its id
         return self.alias_of.get(id(t), id(t))
     def name(self, t, name):
-        "Call `t` by `name`. Does it have no other?"
-        return self.names.setdefault(self.key(t), name)==name
+        "Call `t` by `name`, or one like it if another tensor has that; if it has a name already, return the new one"
+        key,times = self.key(t),1
+        while self.whose.setdefault(new := name+str(times)*(times>1), key)!=key: times += 1
+        return None if self.names.setdefault(key, new)==new else new
 
     def has_name(self, t): return self.key(t) in self.names
 
@@ -241,7 +243,7 @@ class Written(Record):
         modules = self.around()
         if modules: self.writer.comment(f"# {path(modules[0], self.root)}")
 
-# %% ../../nbs/nets/147_codes.ipynb #a18d188a
+# %% ../../nbs/nets/147_codes.ipynb #287a68f4
 @contextmanager
 def formulas():
     "Inside, rules run by their formulas, and not by torch's kernels"
@@ -274,14 +276,14 @@ def as_code(self:Module,
             w.in_rule = True
             w.comment(f"# {call}")
             for o in floats(call.out):
-                name = f"{w.names[w.key(o)]}_g"
-                if not w.name(o.g, name): w.lines.append(Line([], [name,' = ',Slot(o.g)]))
+                also = w.name(o.g, f"{w.names[w.key(o)]}_g")
+                if also: w.lines.append(Line([], [also,' = ',Slot(o.g)]))
         def after(call): w.in_rule = False
         with w, torch.no_grad(): grads = walk(rec.starts([loss], [None]), list(rec.made), before, after)
-        for leaf,g in [(leaf,grads.get(leaf)) for leaf in rec.leaves.values()]:
+        for leaf,g in [(leaf,g) for leaf in rec.leaves.values() if (g := grads.get(leaf)) is not None]:
             name = w.names[w.key(leaf.t)]
-            name = f"g{name[1:]}" if name[:2]=='w[' else f"g['{name}']"
-            if g is not None and not w.name(g, name): w.lines.append(Line([], [name,' = ',Slot(g, alone),'.clone()']))
+            also = w.name(g, f"g{name[1:]}" if name[:2]=='w[' else f"g['{name}']")
+            if also: w.lines.append(Line([], [also,' = ',Slot(g, alone),'.clone()']))
         lines = w.printed(w.shortened(w.by_torch(w.lines)))
     shapes = ', '.join(f"{n} {tuple(t.shape)}" for n,t in inps.items())
     body = [f'"The loss and the gradients by name, from w, the parameters and buffers by name; {shapes}"',
