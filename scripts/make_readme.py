@@ -14,7 +14,9 @@ def readme(nb):
     for cell in nb.cells:
         if cell.cell_type=='markdown': parts.append(cell.source.replace('\n> ', '\n'))
         elif '#| hide' not in cell.source:
-            parts.append(f'```python\n{cell.source}\n```')
+            if parts and parts[-1].startswith('```'): # imports have a cell of their own
+                parts[-1] = f'{parts[-1][:-3]}\n{cell.source}\n```'
+            else: parts.append(f'```python\n{cell.source}\n```')
             text = ''.join(''.join(printed(o)) for o in cell.outputs).strip('\n')
             if text: parts.append('\n'.join(('    '+line).rstrip() for line in text.split('\n')))
     return '<!-- Made from nbs/index.ipynb by scripts/make_readme.py -->\n\n' + '\n\n'.join(parts) + '\n'

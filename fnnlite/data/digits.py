@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIRRORS', 'MNIST_FILES', 'normalize', 'Mnist', 'load_mnist', 'SeededDL', 'ArrayDL', 'DataLoaders', 'DataError']
 
-# %% ../../nbs/data/150_digits.ipynb #e436a02d
+# %% ../../nbs/data/150_digits.ipynb #1c0016df
 import hashlib, math, os, socket, tempfile, threading, time
 import numpy as np, torch
 from contextlib import contextmanager, suppress
@@ -15,6 +15,7 @@ from typing import NamedTuple
 from fastcore.xdg import xdg_cache_home
 from .files import Bounded, DataError, check, gunzip, one_line, open_data, read_idx, read_npz, read_pickle
 
+# %% ../../nbs/data/150_digits.ipynb #e436a02d
 _all_ = ['DataError']
 
 # %% ../../nbs/data/150_digits.ipynb #0cbaca9a

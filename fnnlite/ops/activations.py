@@ -10,7 +10,7 @@ __all__ = ['aten', 'relu', 'relu_grad', 'Relu', 'softmax', 'softmax_grad', 'Soft
            'silu_grad', 'mish_grad', 'gelu_grad', 'hardswish_grad', 'glu_grad', 'softmax_dim', 'softmax_kernel',
            'any_softmax_grad', 'any_log_softmax_grad', 'softmin_grad']
 
-# %% ../../nbs/ops/126_activations.ipynb #9f9305a3
+# %% ../../nbs/ops/126_activations.ipynb #559afe98
 import math
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from ..core.checks import check_inp
 from ..core.module import Module
 from ..core.record import wants
 from ..core.rules import by_rule, elementwise, gradient_of
+
+# %% ../../nbs/ops/126_activations.ipynb #9f9305a3
 aten = torch.ops.aten
 
 # %% ../../nbs/ops/126_activations.ipynb #52791031

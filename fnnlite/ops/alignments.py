@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['aten', 'sums_over_ways', 'ways_grad', 'by_sequence', 'labels_of', 'ctc_loss_kernel', 'ctc_loss_grad']
 
-# %% ../../nbs/ops/139_alignments.ipynb #5a925dc3
+# %% ../../nbs/ops/139_alignments.ipynb #6425115b
 import torch
 import torch.nn.functional as F
 from ..core.rules import gradient_of
+
+# %% ../../nbs/ops/139_alignments.ipynb #5a925dc3
 aten = torch.ops.aten
 
 # %% ../../nbs/ops/139_alignments.ipynb #abc052d6

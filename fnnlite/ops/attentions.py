@@ -6,7 +6,7 @@
 __all__ = ['aten', 'additive_mask', 'attention_weights', 'repeated', 'summed_heads', 'full', 'attention_grad',
            'attention_forward', 'attention_kernel', 'Attention']
 
-# %% ../../nbs/ops/134_attentions.ipynb #9317e84e
+# %% ../../nbs/ops/134_attentions.ipynb #6e86b54f
 import math
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from ..core.module import Module
 from ..core.record import wants
 from ..core.rules import gradient_of, unbroadcast
 from .linears import Lin
+
+# %% ../../nbs/ops/134_attentions.ipynb #9317e84e
 aten = torch.ops.aten
 
 # %% ../../nbs/ops/134_attentions.ipynb #5d3b257f

@@ -8,7 +8,7 @@ __all__ = ['aten', 'conv', 'conv_back', 'conv_weights', 'for_each', 'zeros_befor
            'conv_transpose_kernel', 'conv_transpose_grad', 'convolution_grad', 'conv_tbc_grad', 'columns_grad',
            'fold_grad', 'conv2d', 'conv2d_grad', 'Conv2d']
 
-# %% ../../nbs/ops/133_convolutions.ipynb #902a00d3
+# %% ../../nbs/ops/133_convolutions.ipynb #2af3a94b
 import torch
 import torch.nn.functional as F
 from ..core.checks import check_inp
@@ -16,6 +16,8 @@ from ..core.module import Module
 from ..core.record import wants
 from ..core.rules import by_rule, gradient_of
 from .inits import kaiming_normal
+
+# %% ../../nbs/ops/133_convolutions.ipynb #902a00d3
 aten = torch.ops.aten
 
 # %% ../../nbs/ops/133_convolutions.ipynb #a74a871c

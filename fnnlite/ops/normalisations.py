@@ -8,7 +8,7 @@ __all__ = ['aten', 'full', 'normalised', 'normalised_grad', 'affine_grad', 'give
            'group_norm_kernel', 'group_norm_grad', 'running_norm_grad', 'batch_norm_forward', 'batch_norm_kernel',
            'batch_norm_grad', 'instance_norm_grad', 'weight_norm_grad', 'LayerNorm', 'BatchNorm']
 
-# %% ../../nbs/ops/132_normalisations.ipynb #91fdc334
+# %% ../../nbs/ops/132_normalisations.ipynb #0f657e47
 import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
@@ -16,6 +16,8 @@ from ..core.checks import check_inp
 from ..core.module import Module
 from ..core.record import wants
 from ..core.rules import by_rule, form_of, gradient_of, unbroadcast
+
+# %% ../../nbs/ops/132_normalisations.ipynb #91fdc334
 aten = torch.ops.aten
 
 # %% ../../nbs/ops/132_normalisations.ipynb #e7adf105

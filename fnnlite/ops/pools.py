@@ -7,7 +7,7 @@ __all__ = ['aten', 'came_from', 'pad_grad', 'constant_pad_grad', 'Maxima', 'put_
            'max_unpool2d_grad', 'max_unpool3d_grad', 'along_each', 'each', 'as_image', 'windows', 'avg_pooling',
            'adaptive_avg_pooling', 'resizing', 'pixel_shuffle_grad', 'pixel_unshuffle_grad', 'channel_shuffle_grad']
 
-# %% ../../nbs/ops/127_pools.ipynb #7515cb67
+# %% ../../nbs/ops/127_pools.ipynb #708dd85f
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch._C import _nn
 from ..core.rules import form_of, gradient_of
 from .elementwise import flat
+
+# %% ../../nbs/ops/127_pools.ipynb #7515cb67
 aten = torch.ops.aten
 
 # %% ../../nbs/ops/127_pools.ipynb #07acaca3

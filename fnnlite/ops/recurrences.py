@@ -9,7 +9,7 @@ __all__ = ['aten', 'tanh_cell', 'relu_cell', 'cell_saves', 'stack_saves', 'rnn_t
            'Stack', 'one_by_one', 'layer_by_layer', 'stack_grad', 'by_formula', 'recurrent', 'onednn_fits',
            'onednn_cell', 'lstm_layer', 'lstm_kernel', 'LSTM']
 
-# %% ../../nbs/ops/135_recurrences.ipynb #b20870fa
+# %% ../../nbs/ops/135_recurrences.ipynb #5379a187
 from itertools import accumulate
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from ..core.module import Module
 from ..core.record import const, wants
 from ..core.rules import by_rule, gradient_of
 from .linears import linear_grad
+
+# %% ../../nbs/ops/135_recurrences.ipynb #b20870fa
 aten = torch.ops.aten
 
 # %% ../../nbs/ops/135_recurrences.ipynb #65365fee
