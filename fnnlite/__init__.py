@@ -24,7 +24,7 @@ from .ops.losses import BCEWithLogits, CrossEntropy, Mse, NLL
 from .ops.wraps import Wrap
 from .ops import alignments, indexing, pools, reductions, torch_losses # the rest of the rules
 from .nets.containers import Model, Sequential
-from .nets import codes, drawings, tables # methods of Module
+from .nets import codes, drawings, tables # methods of Model
 from .train.optimizers import SGD, Adam, AdamW, RMSprop
 
 # loaded when used

@@ -46,7 +46,7 @@ class Squared(Module):
 @pytest.mark.parametrize('case', [c for c in cases if kind(c) is not Wrap], ids=name)
 def test_every_layer_and_loss(case):
     torch.manual_seed(0)
-    assert_program(Squared(case).double(), *case.inps())
+    assert_program(Model(Squared(case)).double(), *case.inps())
 
 class Loop(nn.Module):
     "A loop over one layer, changes in place, a view written through"
@@ -114,4 +114,4 @@ def test_what_has_no_formula_is_refused():
     class Far(Module):
         def __init__(self): self.lin = Lin(3, 100)
         def forward(self, inp): return (self.lin(inp)*far.detach()).sum()
-    with expect_fail(GradError, contains='a constant of shape (100,)'): Far().as_code(x)
+    with expect_fail(GradError, contains='a constant of shape (100,)'): Model(Far()).as_code(x)

@@ -417,7 +417,7 @@ class Counts(Module):
         self.n += 1
         return self.a(x)
 
-@pytest.mark.parametrize('make,why', [(Branch, 'data-dependent|aten._local_scalar_dense'), (Draws, 'random numbers'), (Counts, 'changes attributes')])
+@pytest.mark.parametrize('make,why', [(Branch, 'forward asks for a number'), (Draws, 'random numbers'), (Counts, 'changes attributes')])
 def test_ordinary_steps_where_there_is_no_graph(interpreted, make, why):
     start = lambda i, model, opt: random.seed(i)
     with pytest.warns(UserWarning, match='compile_step: no graph') as found:
@@ -429,7 +429,7 @@ def test_hooks_are_heard(interpreted):
     heard,model = [],net()
     model.layers[1].register_forward_hook(lambda *_: heard.append(1))
     step = compile_step(model, SGD(model.parameters(), lr=.1))
-    with pytest.warns(UserWarning, match='modules have hooks'): step(*batch())
+    with pytest.warns(UserWarning, match='has hooks: use before and after'): step(*batch())
     step(*batch())
     assert len(heard)==2
 
@@ -438,7 +438,7 @@ def test_a_hook_that_comes_later_is_heard(interpreted):
     step = compile_step(model, SGD(model.parameters(), lr=.1))
     for _ in range(2): step(*batch())
     model.layers[1].register_forward_hook(lambda *_: heard.append(1))
-    with pytest.warns(UserWarning, match='modules have hooks'): step(*batch())
+    with pytest.warns(UserWarning, match='has hooks: use before and after'): step(*batch())
     assert len(heard)==1
 
 def test_a_bwd_that_is_replaced_is_seen(interpreted, monkeypatch):

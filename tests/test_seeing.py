@@ -144,7 +144,7 @@ def test_draw_a_loop_and_a_resnet():
         def forward(self, x):
             for _ in range(3): x = self.act(self.lin(x))
             return x
-    texts,arrows = drawn(Loop(), torch.randn(2, 3))
+    texts,arrows = drawn(Model(Loop()), torch.randn(2, 3))
     assert texts.count('lin: Lin')==3 and arrows==6
     drawn(Model(resnet(), CrossEntropy()), rand(2, 1, 28, 28).float())
 

@@ -106,7 +106,7 @@ def only_statistics(rec, f, rule, args, kwargs, ts, versions):
     changed = [t for t,v in zip(ts, versions) if t._version!=v]
     for name,t in rule.named(args, kwargs) if rule and changed else ():
         if any(t is c for c in changed) and not name.startswith('running_'):
-            rec.fail(f, f"writes into {shape(t)}, its argument '{name}': recorded numbers would be lost there")
+            rec.fail(f, f"writes into {shape(t)}, its argument '{name}': recorded numbers would be lost there: give it a clone()")
 
 def no_hooks(module):
     "Refuse hooks that only autograd would call"
@@ -148,7 +148,8 @@ def unchanged(rec, f, ts, versions):
 def has_rule(rec, f, rule, ts):
     "Refuse a call that can't be walked back"
     if getattr(f, '__module__', '')=='torch.nn.init': rec.fail(f, "is an initialisation: make the module before the record")
-    if rule is None: rec.fail(f, "has no gradient rule: register one with gradient_of, or Wrap what calls it")
+    if rule is None: rec.fail(f, "has no gradient rule: "
+        +("drop recorded(), or register" if getattr(f, 'ours', False) else "register")+" one with gradient_of, or Wrap what calls it")
     for t in ts:
         if t.is_complex(): rec.fail(f, f"has complex numbers, in {shape(t)}, for which there are no rules: Wrap what calls it")
 

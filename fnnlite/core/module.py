@@ -178,7 +178,8 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         named = self.named_parameters(remove_duplicate=False) if self._modules else self._parameters.items()
         params = [p for _,p in named if p is not None]
         if len({*map(id, params)})<len(params):
-            raise GradError(f"{type(self).__name__}: two of its parameters are the same tensor, so its bwd can't assign both; use it in two modules")
+            raise GradError(f"{type(self).__name__}: two of its parameters are the same tensor, so its bwd can't assign both: "
+                "leave the bwd out, and the chain rule adds them up")
         return params
 
     # the last call
@@ -223,7 +224,8 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         if earlier: raise GradError(f"{type(self).__name__}: it was called {len(earlier)+1} times, and backward() walks over the last call alone: "
             "call backward() on the loss, which walks over all, or put what calls it twice into a Module")
         outs = [o for o in floats(self._of_loss(use.out)) if rec.is_output(o)]
-        if not outs: raise GradError(f"{type(self).__name__}: nothing in its last call wants a gradient")
+        if not outs: raise GradError(f"{type(self).__name__}: nothing in its last call wants a gradient: "
+            "unfreeze() a parameter, or give it an input without const()")
         if g is None: consumers_walked(type(self).__name__, rec, use.calls.stop, [rec.source(o, 'backward') for o in outs])
         gs = self._upstream(outs, g, rec, use)
         with walks_alone(rec, 'hand'):

@@ -6,7 +6,7 @@
 __all__ = ['operators', 'turned', 'alone', 'binds', 'Slot', 'text_of', 'listed', 'not_default', 'full_name', 'written', 'Line',
            'same_view', 'Writer', 'Written', 'formulas']
 
-# %% ../../nbs/nets/147_codes.ipynb #6e394b00
+# %% ../../nbs/nets/147_codes.ipynb #8ae5572d
 import math
 from contextlib import contextmanager
 from inspect import signature
@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from ..core.backward import walk
 from ..core.calls import Record
-from ..core.module import Module
 from ..core.record import GradError, floats, path, tensors
 from ..core.rules import kernels, looks, name_of
-from .containers import the_loss
+from .containers import Model, the_loss
 from .seeing import Text, as_before, named_inputs
 
 # %% ../../nbs/nets/147_codes.ipynb #a7f2fde6
@@ -243,7 +242,7 @@ class Written(Record):
         modules = self.around()
         if modules: self.writer.comment(f"# {path(modules[0], self.root)}")
 
-# %% ../../nbs/nets/147_codes.ipynb #287a68f4
+# %% ../../nbs/nets/147_codes.ipynb #c84b8eb4
 @contextmanager
 def formulas():
     "Inside, rules run by their formulas, and not by torch's kernels"
@@ -252,7 +251,7 @@ def formulas():
     finally: kernels.on = before
 
 @patch
-def as_code(self:Module,
+def as_code(self:Model,
     *args, **kwargs, # what the model gets
 )->Text: # a program; its `step(w, inp, targ)` returns the loss, and the gradients by name
     """Forward and backward as plain torch, straight down. GradError for a `Wrap`, which has no formula

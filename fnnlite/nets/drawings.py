@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['row', 'gap', 'pad', 'char', 'Node', 'shapes', 'ways', 'boxes', 'folded', 'Drawing', 'edges', 'lanes', 'Canvas']
 
-# %% ../../nbs/nets/145_drawings.ipynb #cb6d8975
+# %% ../../nbs/nets/145_drawings.ipynb #8a911036
 from html import escape
 from itertools import count, groupby
 from pathlib import Path
 from fastcore.basics import patch
 from torch import nn
-from ..core.module import Module
 from ..core.record import tensors
 from .containers import Model
 from .seeing import as_before, named_inputs
@@ -64,7 +63,7 @@ def folded(nodes)->list:
         else: kept.append(n)
     return kept
 
-# %% ../../nbs/nets/145_drawings.ipynb #0d35366c
+# %% ../../nbs/nets/145_drawings.ipynb #df4fdc4f
 row,gap,pad,char = 22,20,14,7.2 # pixels
 
 class Drawing(str):
@@ -144,13 +143,13 @@ class Canvas:
         'markerWidth="6" markerHeight="6" orient="auto"><path d="M0,0 L6,3 L0,6 z"/></marker></defs>'+''.join(self.parts)+'</svg>')
 
 @patch
-def draw(self:Module,
+def draw(self:Model,
     *args, # what the model gets; without any, its last call is drawn. A Model may get its input alone
     depth:int|None=None, # draw modules to this depth; default: all that is in them
     **kwargs,
 )->Drawing: # its `save(path)` writes an SVG file
     "The calls as a graph: modules as boxes, shapes at the arrows and, where there is a loss, the norm of each gradient"
-    net = self.layers if isinstance(self, Model) and self.loss is not None and len(args)==1 else self
+    net = self.layers if self.loss is not None and len(args)==1 else self
     if args or kwargs:
         with as_before(net):
             rec,out,e = followed(net, args, kwargs)

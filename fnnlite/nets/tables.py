@@ -6,7 +6,7 @@
 __all__ = ['libraries', 'nets_here', 'own_line', 'Followed', 'shown_line', 'followed', 'gradients', 'numbers', 'row', 'as_table',
            'what_is_off', 'extent', 'steps', 'in_dtype']
 
-# %% ../../nbs/nets/143_tables.ipynb #27ce3bd2
+# %% ../../nbs/nets/143_tables.ipynb #84e00a06
 import linecache, sys
 from copy import deepcopy
 from pathlib import Path
@@ -15,10 +15,9 @@ from fastcore.basics import patch
 from torch import Tensor
 from ..core.backward import walk
 from ..core.calls import Record
-from ..core.module import Module
 from ..core.record import floats, maptree, tensors
 from ..core.rules import Unread
-from .containers import the_loss
+from .containers import Model, the_loss
 from .seeing import Text, as_before, in_columns
 
 # %% ../../nbs/nets/143_tables.ipynb #42ef1023
@@ -59,7 +58,7 @@ def gradients(rec, out, **kwargs)->dict:
     if loss.numel()!=1 or not rec.is_output(loss): return {}
     return walk(rec.starts([loss], [None]), list(rec.made), **kwargs)
 
-# %% ../../nbs/nets/143_tables.ipynb #dbd60852
+# %% ../../nbs/nets/143_tables.ipynb #512a4926
 def numbers(ts)->Tensor|None:
     "All numbers of `ts` in a row, in float64; None if they were let go"
     if not ts or any(type(t) is Unread for t in ts): return None
@@ -75,7 +74,7 @@ def row(n, call, gs)->tuple:
     return (str(n),str(call),shapes,*stats,'' if gs is None else f"{gs.norm():.3g}",f"{size:,}",' and '.join(broken))
 
 @patch
-def table(self:Module,
+def table(self:Model,
     *args, **kwargs, # what the model gets; without any, the table is of its last call
 )->Text:
     """A row for each call of a step: shape, mean, standard deviation, zeros, norm of the gradient, bytes, and what isn't finite
@@ -98,7 +97,7 @@ def as_table(calls, gs)->Text:
     head = ('','Call','Shape','Mean','Std','Zeros','Grad norm','Bytes','Not finite')
     return Text(in_columns(head, rows, numbers=(0,3,4,5,6,7)))
 
-# %% ../../nbs/nets/143_tables.ipynb #2779a3df
+# %% ../../nbs/nets/143_tables.ipynb #e39cfb94
 def what_is_off(t, exact, tol)->str:
     "In words, what is wrong with `t`; '' if nothing is"
     broken = (~t.isfinite()).sum().item()
@@ -124,7 +123,7 @@ def steps(rec, out):
 def in_dtype(o, dtype): return maptree(lambda t: t.to(dtype) if t.is_floating_point() else t, o)
 
 @patch
-def blame(self:Module,
+def blame(self:Model,
     *args, # what the model gets
     against:torch.dtype|None=None, # compare with a run in this dtype, without autocast
     tol:float=1e-3, # how far off it may be, as a part of the largest number

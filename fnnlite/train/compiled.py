@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from ..core.module import Module
-from ..core.record import as_it_is, const, internals, plain as plain_types
+from ..core.record import as_it_is, const, internals, path, plain as plain_types
 from .graphs import NotOneGraph, captured, changed_by, machine_code, op_by_op, same_graph, same_tensors, written_down
 from .libraries import warn
 from .optimizers import Optimizer, clip
@@ -105,7 +105,8 @@ class Seen:
         held += [v for o in self.varying for v in o.inputs]
         self.tensors = list({id(t):t for t in held if isinstance(t, torch.Tensor)}.values())
         self.generators = [v for _,_,v in plain if isinstance(v, torch.Generator)]
-        self.hooked = any(m._hooked() if isinstance(m, Module) else m._forward_hooks or m._forward_pre_hooks for m in modules)
+        hooked = lambda m: m._hooked() if isinstance(m, Module) else m._forward_hooks or m._forward_pre_hooks
+        self.hooked = [path(m, model) for m in modules if hooked(m)]
         self.guard = guard(self.tensors)
 
     def holds(self):
@@ -119,6 +120,10 @@ class Seen:
         for o in self.varying:
             if not o.follow(): return False
         return self.sizes_now()==self.sizes and self.guard.check(*self.tensors)
+
+    def changed_place(self)->str:
+        "The name of the first attribute or option that isn't what it was"
+        return next((str(k) for get,k,v in self.places if get(k) is not v), 'there are more, or fewer')
 
     def sizes_now(self):
         "How many attributes, parameters, options and so on there are, and the order of modules; a record comes and goes"
@@ -234,9 +239,10 @@ class CompiledStep:
         if any(p.grad is not None for p in seen.params): return self.eager(*args)
         n,before = len(seen.tensors),Before([*seen.tensors, *args], seen.generators)
         try:
-            if seen.hooked: raise NotOneGraph("modules have hooks")
-            if self.n_graphs==self.most: raise NotOneGraph(f"what a graph depends on was replaced {self.most} times")
-            if any(t.requires_grad for t in args): raise NotOneGraph("the batch requires grad")
+            if seen.hooked: raise NotOneGraph(f"{seen.hooked[0]} has hooks: use before and after of compile_step")
+            if self.n_graphs==self.most: raise NotOneGraph(
+                f"what a graph depends on was replaced {self.most} times: let attributes and options stay as they are")
+            if any(t.requires_grad for t in args): raise NotOneGraph("the batch requires grad: detach() it")
             (loss,*_),gm,more = self._written_down(seen, args)
         except Exception as e:
             before.put_back()
@@ -248,7 +254,8 @@ class CompiledStep:
         ts = [*seen.tensors, *args, *more]
         undone = not changed_by(gm, n+len(args)) # else the step changed what nobody knew of
         if not seen.holds():
-            if not (once_more and undone): return self._no_graph("forward changes attributes of its modules", loss)
+            if not (once_more and undone): return self._no_graph(
+                f"forward changes attributes of its modules ({seen.changed_place()}): make them buffers", loss)
             before.put_back()
             return self._first(args, vary, once_more=False) # a first call may set something up
         if not undone: before = Before([*seen.tensors, *args], seen.generators)
@@ -299,7 +306,9 @@ class CompiledStep:
         return loss
 
     def _warn(self, e, what):
-        self.why_not = next(iter(str(e).splitlines()), '') or type(e).__name__
+        said = next(iter(str(e).splitlines()), '') or type(e).__name__
+        if 'out of a tracing tensor' in said: said = "forward asks for a number, in an `if` or a loop: use torch.where"
+        self.why_not = said
         warn(f"{what}: {self.why_not}")
 
 def compile_step(

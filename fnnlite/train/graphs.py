@@ -80,7 +80,8 @@ def written_down(
         return list(res)
     gm = tidied(make_fx(keep)(*ts))
     after = drawn()
-    if before[0]!=after[0] or (before[1]!=after[1]).any() or before[2]!=after[2]: raise NotOneGraph("forward draws random numbers from Python or numpy")
+    if before[0]!=after[0] or (before[1]!=after[1]).any() or before[2]!=after[2]: raise NotOneGraph(
+        "forward draws random numbers from Python or numpy: use torch's")
     return res,gm,lifted(gm)
 
 def changed_by(

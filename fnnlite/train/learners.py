@@ -88,7 +88,8 @@ class Learner:
             for o in self.cbs:
                 for e in inner_events:
                     if hasattr(type(o), e) and type(o) is not ClipGrads: raise ValueError(
-                        f"Learner: {type(o).__name__} wants to be called at '{e}', which is inside a compiled step")
+                        f"Learner: {type(o).__name__} wants to be called at '{e}', which is inside a compiled step: "
+                        "use ClipGrads, Learner(before=..., after=...), or compiled=False")
         self.n_epoch,self.epoch,self.interrupted,self.history = n,0,False,History()
         self.model.free() # calls that nobody will walk back over
         with self._listening(self.cbs):

@@ -112,7 +112,8 @@ class Optimizer(torch.optim.Optimizer):
 
     _opt_called = True # for the schedulers, which can't see it
     def _patch_step_function(self): pass
-    def register_step_pre_hook(self, hook): raise NotImplementedError(f"{type(self).__name__} runs no step hooks: a compiled step couldn't")
+    def register_step_pre_hook(self, hook): raise NotImplementedError(
+        f"{type(self).__name__} runs no step hooks, for a compiled step couldn't: call them after step()")
     register_step_post_hook = register_step_pre_hook
 
     def check_options(self, group):
