@@ -491,7 +491,7 @@ print(cell.outputs[-1]['data']['text/markdown'])
     assert p.stdout.strip().splitlines()[-5].startswith('| epoch | train_loss | valid_loss | time |')
 
 def test_optimizer_of_another_model_is_refused():
-    with pytest.raises(ValueError, match="opt has none of the model's parameters"): learner(opt=SGD(net().parameters(), lr=.1))
+    with pytest.raises(ValueError, match="opt holds no parameter of the model"): learner(opt=SGD(net().parameters(), lr=.1))
 
 def test_single_callback_and_metric_without_a_name():
     def top(pred, targ, k): return (pred.topk(k).indices==targ[:,None]).any(1).double().mean()

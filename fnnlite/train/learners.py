@@ -40,7 +40,7 @@ class Learner:
         self.model,self.dls,self.metrics = model,dls,tuple(listify(metrics))
         self.opt = opt if isinstance(opt, torch.optim.Optimizer) else opt(model.parameters())
         mine = set(model.parameters())
-        if not any(p in mine for g in self.opt.param_groups for p in g['params']): raise ValueError("Learner: opt has none of the model's parameters")
+        if not any(p in mine for g in self.opt.param_groups for p in g['params']): raise ValueError("Learner: opt holds no parameter of the model")
         self.history,self.epoch,self.n_epoch,self.training = History(),0,0,False
         self.around = {k:f for k,f in dict(before=before, after=after).items() if f}
         self.cbs = [Recorder(),StopAtNonFinite(),Progress(),*(o() if isinstance(o, type) else o for o in listify(cbs))]

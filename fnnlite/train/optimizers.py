@@ -17,7 +17,7 @@ def _go(ps, steps, lr):
     else: torch._foreach_add_(ps, steps, alpha=-float(lr))
 
 def _numbers(xs):
-    "Those in the vector `xs`. Inductor would compute them anew for every few elements that need them, but keeps what comes out of a reduction"
+    "The numbers in the vector `xs`. Inductor computes them anew wherever they are needed, unless they come out of a reduction"
     return xs.expand(16, len(xs)).amax(0).unbind() if traced() or xs.is_cuda else xs.tolist()
 
 
