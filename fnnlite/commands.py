@@ -23,8 +23,10 @@ from .nets.pictures import mlp, resnet
 from .nets.texts import GPT
 from .ops.losses import CrossEntropy
 from .ops.shapes import Reshape
-from .train.callbacks import NonFiniteError, OneCycle, Checkpoint, StopOnSignal, first_signal, on_signals
-from .train.checkpoints import CheckpointError, load_tensors, put_state, save_tensors, write_file
+from .train.callbacks import Checkpoint, NonFiniteError, OneCycle, StopOnSignal
+from .train.callbacks import first_signal, on_signals
+from .train.checkpoints import CheckpointError, load_tensors, put_state
+from .train.checkpoints import save_tensors, write_file
 from .train.learners import Learner, accuracy
 from .train.optimizers import AdamW
 from .train.distributed import Distributed, DistributedError, launched, own_device, processes
@@ -43,7 +45,8 @@ def _one_line_errors():
 
 # %% ../nbs/180_commands.ipynb #ee342c6d
 def _usable(device):
-    "This process's device of that name, if a number can be put there and read back; else ValueError"
+    """This process's device of that name, if a number can be put there and read back; else
+    ValueError"""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -51,15 +54,22 @@ def _usable(device):
             torch.ones(1, device=own).item()
         return own
     except Exception as e: # of any kind: each backend that isn't there has its own
-        raise ValueError(f"device is {reprlib.repr(device)}: {one_line(str(e).split('. ')[0], 200)}") from None
+        raise ValueError(
+            f"device is {reprlib.repr(device)}: {one_line(str(e).split('. ')[0], 200)}") from None
 
 def _widths(layers):
     "The hidden layers' widths, from numbers or a text like '512,256'"
-    try: widths = [int(w) for w in layers.split(',') if w.strip()] if isinstance(layers, str) else layers
+    try:
+        widths = [int(w) for w in layers.split(',')
+            if w.strip()] if isinstance(layers, str) else layers
     except ValueError: widths = [0]
-    if not (isinstance(widths, list) and len(widths)<=100 and all(type(w) is int and 0<w<100_000 for w in widths)):
-        raise ValueError(f"layers is {reprlib.repr(layers)}, expected up to 100 widths like 512,256")
-    if _numbers(widths)>50_000_000: raise ValueError(f"layers is {reprlib.repr(layers)}: a net of {_numbers(widths):,} weights; expected at most 50 million")
+    if not (isinstance(widths, list) and len(widths)<=100
+        and all(type(w) is int and 0<w<100_000 for w in widths)):
+        raise ValueError(
+            f"layers is {reprlib.repr(layers)}, expected up to 100 widths like 512,256")
+    if _numbers(widths)>50_000_000:
+        raise ValueError(f"layers is {reprlib.repr(layers)}: a net of {_numbers(widths):,} "
+            "weights; expected at most 50 million")
     return widths
 
 def _numbers(hidden):
@@ -70,14 +80,17 @@ archs = 'mlp','resnet'
 
 def _net(arch, hidden, dropout):
     "The net of that name, for pictures (n,784)"
-    if arch not in archs: raise ValueError(f"arch is {reprlib.repr(arch)}, expected {' or '.join(archs)}")
+    if arch not in archs:
+        raise ValueError(f"arch is {reprlib.repr(arch)}, expected {' or '.join(archs)}")
     if arch=='mlp': return mlp([784,*hidden,10], dropout)
-    return Sequential(Reshape(-1, 1, 28, 28), *resnet()).to(memory_format=torch.channels_last) # faster convolutions
+    # faster convolutions
+    return Sequential(Reshape(-1, 1, 28, 28), *resnet()).to(memory_format=torch.channels_last)
 
 def _checked(model, xb, yb):
     "Say how far the gradients are from autograd's, and end where they are wrong"
     gap = autograd_gap(model, xb, yb)
-    print(f"Gradients against autograd's, in float64: they differ by at most {gap:.0e} of the largest")
+    print(f"Gradients against autograd's, in float64: they differ by at most {gap:.0e} of the "
+        "largest")
     if not gap<1e-9: raise ValueError("the gradients are wrong: not training")
 
 def _trained(learn, epochs, checkpoint, inside, first=True):
@@ -86,7 +99,8 @@ def _trained(learn, epochs, checkpoint, inside, first=True):
     if first: inside.enter_context(checkpoint.lock) # until the last file is written
     try: learn.fit(epochs)
     except Exception:
-        if not stop.signal: raise # else it's what the signal broke: a compiler's run, another process
+        # else it's what the signal broke: a compiler's run, another process
+        if not stop.signal: raise
     status = 128+stop.signal if stop.signal else 130 if learn.interrupted else 0
     if not first: sys.exit(status)
     if learn.history:
@@ -96,21 +110,23 @@ def _trained(learn, epochs, checkpoint, inside, first=True):
         with matplotlib.rc_context({'backend': 'agg'}): learn.plot_losses().savefig(png, dpi=120)
         write_file(out/'curves.png', png.getvalue())
     if status:
-        rest = f"History in {out}; --resume goes on from the last whole epoch" if learn.history else "No epoch was whole"
+        rest = "No epoch was whole"
+        if learn.history: rest = f"History in {out}; --resume goes on from the last whole epoch"
         print(f"Stopped. {rest}", file=sys.stderr)
         sys.exit(status)
 
 def _own_process(name):
     "Where the process is the command's alone, a signal may end it"
-    if Path(sys.argv[0]).name==name: on_signals(signal.SIG_DFL) # no KeyboardInterrupt while Python clears up
+    # no KeyboardInterrupt while Python clears up
+    if Path(sys.argv[0]).name==name: on_signals(signal.SIG_DFL)
 
 @call_parse
 def fnnlite_train(
-    data:str=None, # A folder or file with MNIST, or 'full' to download all of it (default: the sample in the package)
+    data:str=None, # A folder or file with MNIST; 'full': download all (default: the package's sample)
     arch:str='mlp', # The net: 'mlp' or 'resnet'
     epochs:int=10, # Times through the data
     bs:int=128, # Rows in a batch
-    lr:float=None, # The highest learning rate, of a one-cycle schedule (default: .002 for an mlp, .01 for a resnet)
+    lr:float=None, # The highest learning rate of one cycle (default: .002 for an mlp, else .01)
     layers:str='512,256', # Widths of an mlp's hidden layers
     dropout:float=.2, # Part of an mlp's activations dropped in training
     device:str=None, # Where to train (default: a GPU if there is one)
@@ -118,15 +134,17 @@ def fnnlite_train(
     out:str='models', # Folder for weights, history, curves and checkpoint
     resume:bool=False, # Go on from the checkpoint in that folder?
     compiled:bool=False, # Compile the training step? Needs a C++ compiler, and pays in long runs
-    precision:str=None, # Of float32 matrix products on a GPU: 'highest', 'high' or 'medium' (default: torch's)
+    precision:str=None, # Of matrix products on a GPU: 'highest', 'high', 'medium' (default: torch's)
 ):
     "Train a net on MNIST with hand-written gradients"
     _own_process('fnnlite_train')
     with (first_signal(lambda o: sys.exit(128+o)), _one_line_errors(), ExitStack() as inside,
-          processes(device := _usable(('cuda' if torch.cuda.is_available() else 'cpu') if device is None else device)) as first):
+          processes(device := _usable(('cuda' if torch.cuda.is_available() else 'cpu')
+          if device is None else device)) as first):
         hidden,out = _widths(layers),Path(out)
         if lr is None: lr = .01 if arch=='resnet' else .002
-        if precision not in (None,'highest','high','medium'): raise ValueError(f"precision is {precision!r}, expected highest, high or medium")
+        if precision not in (None,'highest','high','medium'):
+            raise ValueError(f"precision is {precision!r}, expected highest, high or medium")
         if precision: torch.set_float32_matmul_precision(precision)
         if epochs<1: raise ValueError(f"epochs is {epochs}, expected at least 1")
         torch.manual_seed(seed)
@@ -134,27 +152,32 @@ def fnnlite_train(
         stats = mnist.stats()
         dls = DataLoaders.from_arrays(*mnist.normalize(), bs=bs, device=device, seed=seed)
         with device: model = Model(_net(arch, hidden, dropout), CrossEntropy())
-        print(f"{len(mnist.x_train):,} images to train with, {len(mnist.x_valid):,} to validate with, on {device}")
+        print(f"{len(mnist.x_train):,} images to train with, {len(mnist.x_valid):,} to validate "
+            f"with, on {device}")
         model.summary(dls.train.x[:bs])
         _checked(model, dls.train.x[:16], dls.train.y[:16])
-        settings = dict(data=data and str(data), arch=arch, bs=bs, lr=lr, layers=hidden, dropout=dropout, seed=seed, epochs=epochs, compiled=compiled,
+        settings = dict(data=data and str(data), arch=arch, bs=bs, lr=lr, layers=hidden,
+            dropout=dropout, seed=seed, epochs=epochs, compiled=compiled,
                         precision=torch.get_float32_matmul_precision())
         checkpoint = Checkpoint(out, resume, settings)
         cbs = [OneCycle(lr), checkpoint, StopOnSignal()] + [Distributed()]*launched()
         learn = Learner(model, dls, partial(AdamW, lr=lr), [accuracy], cbs, compiled)
         _trained(learn, epochs, checkpoint, inside, first)
-        save_tensors(out/'model.safetensors', model.layers.state_dict(), arch=arch, layers=hidden, dropout=dropout, stats=stats)
-        print(f"Validation accuracy {learn.history[-1]['accuracy']:.2%}. Weights, history and curves are in {out}")
+        save_tensors(out/'model.safetensors', model.layers.state_dict(), arch=arch, layers=hidden,
+            dropout=dropout, stats=stats)
+        print(f"Validation accuracy {learn.history[-1]['accuracy']:.2%}. Weights, history and "
+            f"curves are in {out}")
 
 # %% ../nbs/180_commands.ipynb #629b56c1
 def _by_decay(params, decay):
     "Groups of parameters: matrices, which decay, and the rest"
     params = list(params)
-    return [dict(params=[p for p in params if p.ndim>1], weight_decay=decay), dict(params=[p for p in params if p.ndim<2], weight_decay=0.)]
+    return [dict(params=[p for p in params if p.ndim>1], weight_decay=decay),
+        dict(params=[p for p in params if p.ndim<2], weight_decay=0.)]
 
 @call_parse
 def fnnlite_write(
-    data:str=None, # A text file in UTF-8 (default: a million characters of Shakespeare, in the package)
+    data:str=None, # A text file in UTF-8 (default: Shakespeare's million characters in the package)
     steps:int=2000, # Batches to train on
     bs:int=12, # Pieces of text in a batch
     places:int=64, # Characters in a piece, and how far the net looks back
@@ -175,54 +198,75 @@ def fnnlite_write(
     "Train a character GPT with readable gradients, and let it write"
     _own_process('fnnlite_write')
     with first_signal(lambda o: sys.exit(128+o)), _one_line_errors(), ExitStack() as inside:
-        device,out = _usable(('cuda' if torch.cuda.is_available() else 'cpu') if device is None else device),Path(out)
-        for k,v in dict(steps=steps, bs=bs, places=places, blocks=blocks, heads=heads, width=width, n=n).items():
+        device,out = _usable(('cuda' if torch.cuda.is_available() else 'cpu') if device is None
+            else device),Path(out)
+        for k,v in dict(steps=steps, bs=bs, places=places, blocks=blocks, heads=heads,
+            width=width, n=n).items():
             if not 1<=v<=10**6: raise ValueError(f"{k} is {v}, expected 1 to 1,000,000")
-        if not 0<=dropout<1: raise ValueError(f"dropout is {dropout}, expected a number from 0, below 1")
+        if not 0<=dropout<1:
+            raise ValueError(f"dropout is {dropout}, expected a number from 0, below 1")
         epochs = max(1, round(steps/200))
         torch.manual_seed(seed)
         text = load_text(data)
         dls = text_loaders(text, places, bs, math.ceil(steps/epochs), device, seed)
-        with device: model = Model(GPT(len(text.symbols), places, blocks, heads, width, dropout), CrossEntropy())
+        with device:
+            model = Model(GPT(len(text.symbols), places, blocks, heads, width, dropout),
+                CrossEntropy())
         n_params = sum(p.numel() for p in model.parameters())
-        print(f"{len(text.train):,} characters to train on, {len(text.valid):,} to validate with, {len(text.symbols)} different ones; "
+        print(f"{len(text.train):,} characters to train on, {len(text.valid):,} to validate with, "
+            f"{len(text.symbols)} different ones; "
             f"{n_params:,} weights, on {device}")
         _checked(model, *(b[:2] for b in dls.train.one_batch()))
-        settings = dict(data=data and str(data), steps=steps, bs=bs, places=places, blocks=blocks, heads=heads, width=width,
+        settings = dict(data=data and str(data), steps=steps, bs=bs, places=places, blocks=blocks,
+            heads=heads, width=width,
             dropout=dropout, lr=lr, seed=seed, compiled=compiled)
         checkpoint = Checkpoint(out, resume, settings)
         opt = AdamW(_by_decay(model.parameters(), .1), lr=lr, betas=(.9,.99))
         learn = Learner(model, dls, opt, [], [OneCycle(lr), checkpoint, StopOnSignal()], compiled)
         _trained(learn, epochs, checkpoint, inside)
-        save_tensors(out/'model.safetensors', model.layers.state_dict(), symbols=text.symbols, places=places, blocks=blocks, heads=heads, width=width)
+        save_tensors(out/'model.safetensors', model.layers.state_dict(), symbols=text.symbols,
+            places=places, blocks=blocks, heads=heads, width=width)
         ids = torch.zeros(1, 1, dtype=torch.long, device=device)
         print(text.decode(model.layers.generate(ids, n, temperature, top_k, seed)[0, 1:]))
-        print(f"Validation loss {learn.history[-1]['valid_loss']:.3f} nats. Weights, history and curves are in {out}")
+        print(f"Validation loss {learn.history[-1]['valid_loss']:.3f} nats. Weights, history and "
+            f"curves are in {out}")
 
 # %% ../nbs/180_commands.ipynb #ceb1921b
 def _saved_net(path):
-    "The net in `path`, and the mean and the standard deviation of the pixels that it was trained with"
+    """The net in `path`, and the mean and the standard deviation of the pixels that it was
+    trained with"""
     def check(ok, got, want='a net that fnnlite_train saved'):
         if not ok: raise bad_file(path, got, want, CheckpointError)
     try: size = os.stat(path).st_size
     except OSError as e: check(False, e)
     check(size<2**28, f'a file of {size:,} bytes', 'at most 268 million')
     tensors,about = load_tensors(path)
-    number = lambda o: type(o) in (int,float) and abs(o)<1e9 # neither nan nor inf nor too large for a float
-    check(isinstance(about, dict) and {'layers','dropout','stats'}<={*about}, 'no layers, dropout and stats')
+    # neither nan nor inf nor too large for a float
+    number = lambda o: type(o) in (int,float) and abs(o)<1e9
+    check(isinstance(about, dict) and {'layers','dropout','stats'}<={*about},
+        'no layers, dropout and stats')
     layers,dropout,stats = about['layers'],about['dropout'],about['stats']
-    try: check(isinstance(layers, list) and _widths(layers) is layers, f'layers are {type(layers).__name__}')
+    try:
+        check(isinstance(layers, list) and _widths(layers) is layers,
+            f'layers are {type(layers).__name__}')
     except ValueError as e: check(False, e)
-    check(number(dropout) and 0<=dropout<1, f'dropout is {reprlib.repr(dropout)}', 'a number from 0, below 1')
-    check(isinstance(stats, list) and len(stats)==2 and all(map(number, stats)) and stats[1]>0, f'stats is {reprlib.repr(stats)}',
+    check(number(dropout) and 0<=dropout<1, f'dropout is {reprlib.repr(dropout)}',
+        'a number from 0, below 1')
+    check(isinstance(stats, list) and len(stats)==2 and all(map(number, stats)) and stats[1]>0,
+        f'stats is {reprlib.repr(stats)}',
         'a mean and a standard deviation')
     arch = about.get('arch', 'mlp')
     check(arch in archs, f'arch is {reprlib.repr(arch)}', ' or '.join(archs))
-    n,expected = sum(t.numel() for t in tensors.values()),_numbers(layers) if arch=='mlp' else sum(t.numel() for t in resnet().state_dict().values())
-    check(n==expected, f'{n:,} weights', f'{expected:,} for layers {reprlib.repr(layers)}' if arch=='mlp' else f'{expected:,} for a resnet')
+    n,expected = sum(t.numel()
+        for t in tensors.values()),_numbers(layers) if arch=='mlp' else sum(t.numel()
+        for t in resnet().state_dict().values())
+    check(n==expected, f'{n:,} weights', f'{expected:,} for layers {reprlib.repr(layers)}'
+        if arch=='mlp' else f'{expected:,} for a resnet')
     net = Model(_net(arch, layers, dropout), CrossEntropy())
     put_state(net.layers, tensors, path)
-    for k,t in tensors.items(): check(t.isfinite().all(), f"tensor '{one_line(k, 50)}' has numbers that are not finite", 'finite weights')
+    for k,t in tensors.items():
+        check(t.isfinite().all(), f"tensor '{one_line(k, 50)}' has numbers that are not finite",
+            'finite weights')
     return net,*stats
 
 @call_parse
@@ -238,7 +282,9 @@ def fnnlite_predict(
     for name in images:
         try:
             probs = net.predict(normalize(read_image(name), mean, std)).softmax(-1)
-            if not probs.isfinite().all(): raise bad_file(weights, f'not finite for {name}', 'weights of a trained net', CheckpointError)
+            if not probs.isfinite().all():
+                raise bad_file(weights, f'not finite for {name}', 'weights of a trained net',
+                    CheckpointError)
         except (DataError,CheckpointError,OSError) as e:
             print(one_line(f"{Path(sys.argv[0]).name}: {e}"), file=sys.stderr)
             failed = True

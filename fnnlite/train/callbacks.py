@@ -16,14 +16,17 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import GetAttr
 from ..core.record import floats
-from .checkpoints import CheckpointError, FolderLock, check_fit, generators, load_tensors, rng_state, save_tensors, set_rng_state
+from .checkpoints import CheckpointError, FolderLock, check_fit, generators
+from .checkpoints import load_tensors, rng_state, save_tensors, set_rng_state
 from .optimizers import Optimizer, clip
 
 # %% ../../nbs/train/166_callbacks.ipynb #35f80a07
 parts = ('fit','epoch','train','validate','batch','backward','step')
-events = ([f'{when}_{part}' for part in parts for when in ('before','after_cancel','after')] + ['after_pred','after_loss'])
+events = ([f'{when}_{part}' for part in parts
+    for when in ('before','after_cancel','after')] + ['after_pred','after_loss'])
 
-inner_events = ['after_pred','grad_ready'] + [e for e in events if e.endswith(('_backward','_step'))] # those in the middle of a training step
+inner_events = ['after_pred','grad_ready'] + [e for e in events
+    if e.endswith(('_backward','_step'))] # those in the middle of a training step
 
 class CancelException(Exception): "Ends a part of the loop early"
 class CancelFitException(CancelException): "Ends the fit"
@@ -32,9 +35,11 @@ class CancelTrainException(CancelException): "Ends the epoch's training"
 class CancelValidException(CancelException): "Ends the validation"
 class CancelBatchException(CancelException): "Ends the batch"
 class CancelBackwardException(CancelException): "Ends the backward pass"
-class CancelStepException(CancelException): "Leaves out the update; the gradients stay, and the next batch's add to them"
+class CancelStepException(CancelException):
+    "Leaves out the update; the gradients stay, and the next batch's add to them"
 
-cancels = dict(zip(parts, (CancelFitException, CancelEpochException, CancelTrainException, CancelValidException, CancelBatchException,
+cancels = dict(zip(parts, (CancelFitException, CancelEpochException, CancelTrainException,
+    CancelValidException, CancelBatchException,
                            CancelBackwardException, CancelStepException)))
 
 class Callback(GetAttr):
@@ -46,18 +51,21 @@ class Callback(GetAttr):
 # %% ../../nbs/train/166_callbacks.ipynb #70f7f32a
 def _cell(v):
     if v is None: return '-'
-    return f'{v:.4g}' if isinstance(v, float) and abs(v)<1e-3 else f'{v:.4f}' if isinstance(v, float) else str(v)
+    if not isinstance(v, float): return str(v)
+    return f'{v:.4g}' if abs(v)<1e-3 else f'{v:.4f}'
 
 class History(list):
     "Rows of numbers, an epoch each, as dicts"
     def line(self, row): return '  '.join(_cell(v).rjust(max(8, len(k))) for k,v in row.items())
     def head(self, row): return '  '.join(k.rjust(8) for k in row)
-    def __str__(self): return '\n'.join([self.head(self[0]), *map(self.line, self)]) if self else 'no epochs yet'
+    def __str__(self):
+        return '\n'.join([self.head(self[0]), *map(self.line, self)]) if self else 'no epochs yet'
     __repr__ = __str__
 
     def _repr_markdown_(self):
         if not self: return str(self)
-        rows = [list(self[0]), ['---']*len(self[0]), *([_cell(v) for v in r.values()] for r in self)]
+        rows = [list(self[0]), ['---']*len(self[0]),
+            *([_cell(v) for v in r.values()] for r in self)]
         return '\n'.join('| '+' | '.join(r)+' |' for r in rows)
 
     def to_csv(self)->str:
@@ -136,29 +144,37 @@ def first_nonfinite(model)->str:
     if model.out is None: return "the loss (a compiled step doesn't remember what came before it)"
     if not finite(model.args): return "the input"
     if model._lean: return "the loss (with retain(False) nothing else is kept)"
-    return next((f"the output of {call}" for call in model.calls() if not finite(call.out)), "the loss")
+    return next((f"the output of {call}" for call in model.calls() if not finite(call.out)),
+        "the loss")
 
 class StopAtNonFinite(Callback):
-    "End the fit with an error when the loss is no longer finite, or at the end of an epoch a weight isn't"
+    """End the fit with an error when the loss is no longer finite, or at the end of an epoch a
+    weight isn't"""
     def after_loss(self):
         if self.training and not self.loss.isfinite(): raise NonFiniteError(
-            f"epoch {self.epoch}, batch {self.iter}: the loss is {self.loss.item()}; the first to be not finite was {first_nonfinite(self.model)}")
+            f"epoch {self.epoch}, batch {self.iter}: the loss is {self.loss.item()}; the first to "
+            f"be not finite was {first_nonfinite(self.model)}")
 
     def after_epoch(self):
         for name,p in self.model.named_parameters():
-            if not p.isfinite().all(): raise NonFiniteError(f"epoch {self.epoch}, after its last batch: parameter '{name}' is not finite")
+            if not p.isfinite().all():
+                raise NonFiniteError(f"epoch {self.epoch}, after its last batch: parameter "
+                    f"'{name}' is not finite")
         loss = self.history[-1].get('valid_loss')
-        if loss is not None and not math.isfinite(loss): raise NonFiniteError(f"epoch {self.epoch}: the validation loss is {loss}")
+        if loss is not None and not math.isfinite(loss):
+            raise NonFiniteError(f"epoch {self.epoch}: the validation loss is {loss}")
 
 # %% ../../nbs/train/166_callbacks.ipynb #f6d2d09c
 class Progress(Callback):
-    "A progress bar over the batches of the fit, where someone is watching, and a line of the table for each epoch"
+    """A progress bar over the batches of the fit, where someone is watching, and a line of the
+    table for each epoch"""
     order,bar,once = 10,None,events
     def before_fit(self):
         from fastcore.imports import ipython_shell
         from tqdm.auto import tqdm
         kernel = getattr(ipython_shell(), 'kernel', None)
-        self.bar = tqdm(total=(self.n_epoch-self.epoch)*len(self.dls.train), leave=False, disable=None if kernel is None else False)
+        self.bar = tqdm(total=(self.n_epoch-self.epoch)*len(self.dls.train), leave=False,
+            disable=None if kernel is None else False)
         for i,row in enumerate(self.history[:self.epoch]): self.write(i, row)
 
     def write(self, i, row):
@@ -183,7 +199,8 @@ class OneCycle(Callback):
 
     def at(self, pos):
         "The learning rate at the position `pos`, 0 to 1"
-        (a,b),t = ((1/self.div,1.),pos/self.pct) if pos<self.pct else ((1.,1/self.div_final),(pos-self.pct)/(1-self.pct))
+        (a,b),t = ((1/self.div,1.),pos/self.pct) if pos<self.pct else ((1.,1/self.div_final),
+            (pos-self.pct)/(1-self.pct))
         return self.lr_max*(a+(b-a)*(1-math.cos(math.pi*t))/2)
 
     def before_batch(self):
@@ -198,14 +215,17 @@ class ClipGrads(Callback):
     def before_step(self): clip(self.model.parameters(), self.max_norm)
 
 # %% ../../nbs/train/166_callbacks.ipynb #5e028391
-ending = [getattr(signal, o) for o in ('SIGINT','SIGTERM','SIGHUP') if hasattr(signal, o)] # the signals that politely ask a process to end
+# the signals that politely ask a process to end
+ending = [getattr(signal, o) for o in ('SIGINT','SIGTERM','SIGHUP') if hasattr(signal, o)]
 
 def on_signals(
     f, # a function of the number and the frame, or one of `signal`'s constants
 )->dict: # signals to what they called before
-    "Let the signals `ending` call `f`, except those that are ignored, as `nohup` wants it. Only the main thread can"
+    """Let the signals `ending` call `f`, except those that are ignored, as `nohup` wants it. Only
+    the main thread can"""
     if threading.current_thread() is not threading.main_thread(): return {}
-    return {o:signal.signal(o, f) for o in ending if signal.getsignal(o) not in (None, signal.SIG_IGN)}
+    return {o:signal.signal(o, f) for o in ending
+        if signal.getsignal(o) not in (None, signal.SIG_IGN)}
 
 @contextmanager
 def first_signal(
@@ -217,7 +237,8 @@ def first_signal(
         signal.raise_signal(number)
     def handle(number, _):
         on_signals(lambda n, _: n==number or second(n, _))
-        signal.raise_signal(number) # has those called that came together with it, which Python would drop with a message
+        # has those called that came together with it, which Python would drop with a message
+        signal.raise_signal(number)
         on_signals(signal.SIG_DFL)
         f(number)
     were = on_signals(handle)
@@ -226,7 +247,8 @@ def first_signal(
         for o,old in were.items(): signal.signal(o, old)
 
 class StopOnSignal(Callback):
-    "End the fit after the batch in which one of the signals `ending` comes, as Ctrl-C would; a second one ends the process at once"
+    """End the fit after the batch in which one of the signals `ending` comes, as Ctrl-C would; a
+    second one ends the process at once"""
     order,signal = 20,None
     def __init__(self): self.inside = ExitStack()
     def before_fit(self):
@@ -247,14 +269,20 @@ class Checkpoint(Callback):
         resume:bool=False, # go on from the one that is there, if one is?
         settings:dict|None=None, # of the run; going on with others is refused
     ):
-        self.path,self.resume,self.settings = Path(folder)/'checkpoint.safetensors',resume,json.loads(json.dumps(settings or {}))
+        self.path,self.resume = Path(folder)/'checkpoint.safetensors',resume
+        self.settings = json.loads(json.dumps(settings or {}))
         self.lock,self.inside = FolderLock(folder),ExitStack()
 
     def before_fit(self):
-        if not isinstance(self.opt, Optimizer): raise TypeError(f"Checkpoint: the optimizer is {type(self.opt)}, expected one of fnnlite.train.optimizers")
-        self.rngs = {'cpu':torch.default_generator, 'python':random, 'numpy':np.random, **generators(self.dls)}
-        if self.device.type=='cuda': self.rngs['cuda'] = torch.cuda.default_generators[self.device.index]
-        if self.after_epoch in self.handlers['after_epoch']: self.inside.enter_context(self.lock) # of several processes only the first writes
+        if not isinstance(self.opt, Optimizer):
+            raise TypeError(f"Checkpoint: the optimizer is {type(self.opt)}, expected one of "
+                "fnnlite.train.optimizers")
+        self.rngs = {'cpu':torch.default_generator, 'python':random, 'numpy':np.random,
+            **generators(self.dls)}
+        if self.device.type=='cuda':
+            self.rngs['cuda'] = torch.cuda.default_generators[self.device.index]
+        # of several processes only the first writes
+        if self.after_epoch in self.handlers['after_epoch']: self.inside.enter_context(self.lock)
         if self.resume and self.path.exists(): self.load()
     def after_epoch(self): self.save()
     def after_fit(self): self.inside.close()
@@ -262,14 +290,16 @@ class Checkpoint(Callback):
 
     def memory(self):
         "What the optimizer remembers, by name"
-        return {f'opt.{i}.{k}':t for i,state in self.opt.state_dict()['state'].items() for k,t in state.items() if isinstance(t, torch.Tensor)}
+        return {f'opt.{i}.{k}':t for i,state in self.opt.state_dict()['state'].items()
+            for k,t in state.items() if isinstance(t, torch.Tensor)}
 
     def save(self):
         weights = {f'model.{k}':t for k,t in self.model.state_dict().items()}
         states = {k:rng_state(g) for k,g in self.rngs.items()}
         rng = {f'rng.{k}':states.pop(k) for k in [*states] if isinstance(states[k], torch.Tensor)}
         lrs = [float(g['lr']) for g in self.opt.param_groups]
-        save_tensors(self.path, {**weights, **self.memory(), **rng}, epochs=self.epoch+1, dl_epoch=getattr(self.dls.train, 'epoch', None), lrs=lrs,
+        save_tensors(self.path, {**weights, **self.memory(), **rng}, epochs=self.epoch+1,
+            dl_epoch=getattr(self.dls.train, 'epoch', None), lrs=lrs,
                      history=list(self.history), settings=self.settings, rng=states)
 
     def refuse(self, when, came):
@@ -278,36 +308,48 @@ class Checkpoint(Callback):
     def check(self, epochs, lrs, history, settings, dl_epoch):
         "What a file says, in itself and for this run"
         other = {k:(settings.get(k),v) for k,v in self.settings.items() if settings.get(k)!=v}
-        self.refuse(other, "was made with other settings: " + ', '.join(f"{k} {a!r:.200}, now {b!r}" for k,(a,b) in other.items()))
-        self.refuse(epochs!=len(history), f"counts {epochs} epochs and has {len(history)} in its history")
+        self.refuse(other, "was made with other settings: " +
+            ', '.join(f"{k} {a!r:.200}, now {b!r}" for k,(a,b) in other.items()))
+        self.refuse(epochs!=len(history),
+            f"counts {epochs} epochs and has {len(history)} in its history")
         columns = next(o for o in self.cbs if isinstance(o, Recorder)).columns()
         for i,row in enumerate(history):
-            fits = isinstance(row, dict) and type(row.get('epoch')) is int and all(k in row for k in columns)
-            self.refuse(not fits or not all(v is None or isinstance(v, float if k in columns[1:] else (int,float,str)) for k,v in row.items()),
-                f"row {i} of its history is {row!r:.200}, expected numbers for {', '.join(columns)}")
+            fits = isinstance(row, dict) and type(row.get('epoch')) is int
+            fits = fits and all(k in row for k in columns)
+            self.refuse(not fits or not all(v is None
+                or isinstance(v, float if k in columns[1:] else (int,float,str))
+                for k,v in row.items()),
+                f"row {i} of its history is {row!r:.200}, "
+                f"expected numbers for {', '.join(columns)}")
             self.refuse(row['epoch']!=i, f"row {i} of its history is of epoch {row['epoch']}")
         n = len(self.opt.param_groups)
         self.refuse(len(lrs)!=n or not all(type(o) is float and math.isfinite(o) for o in lrs),
             f"its learning rates are {lrs!r:.200}, expected {n} finite numbers for the optimizer")
         counts = hasattr(self.dls.train, 'epoch')
-        self.refuse(counts and (type(dl_epoch) is not int or dl_epoch<0) or not counts and dl_epoch is not None,
-            f"the count of the training data's epochs is {dl_epoch!r:.200}, expected {'an integer' if counts else 'none'}")
+        self.refuse(counts and (type(dl_epoch) is not int or dl_epoch<0) or not counts
+            and dl_epoch is not None,
+            f"the count of the training data's epochs is {dl_epoch!r:.200}, expected "
+            f"{'an integer' if counts else 'none'}")
 
     def load(self):
         tensors,about = load_tensors(self.path)
-        part = lambda name: {k.removeprefix(name):t for k,t in tensors.items() if k.startswith(name)}
+        part = lambda name: {k.removeprefix(name):t for k,t in tensors.items()
+            if k.startswith(name)}
         kinds = {'epochs':int, 'lrs':list, 'history':list, 'settings':dict, 'rng':dict}
-        self.refuse(not all(type(about.get(k)) is kind for k,kind in kinds.items()), "holds no run to go on with")
+        self.refuse(not all(type(about.get(k)) is kind for k,kind in kinds.items()),
+            "holds no run to go on with")
         epochs,lrs,history,settings,states = (about[k] for k in kinds)
         self.check(epochs, lrs, history, settings, about.get('dl_epoch'))
         memory,have = part('opt.'),{k.removeprefix('opt.'):t for k,t in self.memory().items()}
-        self.refuse(memory.keys()!=have.keys(), f"its optimizer is not {type(self.opt).__name__}, or has other parameters")
+        self.refuse(memory.keys()!=have.keys(),
+            f"its optimizer is not {type(self.opt).__name__}, or has other parameters")
         check_fit(self.model.state_dict(), part('model.'), self.path)
         check_fit(have, memory, self.path)
         self.draw_from({**part('rng.'), **states})
         self.model.load_state_dict(part('model.'))
         opt = self.opt.state_dict()
-        opt['state'] = {i:{k:memory.get(f'{i}.{k}', v) for k,v in state.items()} for i,state in opt['state'].items()}
+        opt['state'] = {i:{k:memory.get(f'{i}.{k}', v) for k,v in state.items()}
+            for i,state in opt['state'].items()}
         self.opt.load_state_dict(opt)
         for g,lr in zip(self.opt.param_groups, lrs): g['lr'].fill_(lr)
         if about.get('dl_epoch') is not None: self.dls.train.epoch = about['dl_epoch']
@@ -315,8 +357,10 @@ class Checkpoint(Callback):
 
     def draw_from(self, states):
         "Put the random numbers' states where they belong; all or none"
-        mine,theirs = ({*o}-{'cuda'} for o in (self.rngs, states)) # a run may go on on another device
-        self.refuse(mine!=theirs, f"has states of the random numbers {sorted(theirs)!r:.500}, expected {sorted(mine)}")
+        # a run may go on on another device
+        mine,theirs = ({*o}-{'cuda'} for o in (self.rngs, states))
+        self.refuse(mine!=theirs, f"has states of the random numbers {sorted(theirs)!r:.500}, "
+            f"expected {sorted(mine)}")
         before = {k:rng_state(g) for k,g in self.rngs.items()}
         for k,g in self.rngs.items():
             try:

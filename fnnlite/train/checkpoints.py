@@ -89,12 +89,16 @@ def read_tensors(
 )->tuple: # (tensors, metadata)
     "What is in `path`; CheckpointError if it isn't safetensors, or isn't what fnnlite saved there"
     try:
-        with safe_open(with_header(path), 'pt') as f: tensors,meta = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
-    except (SafetensorError, OSError, RuntimeError) as e: raise bad_file(path, e, expected, CheckpointError) from e
-    if not meta.get('fnnlite', '{').startswith('{'): # neither from elsewhere nor from before there was a checksum
+        with safe_open(with_header(path), 'pt') as f:
+            tensors,meta = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
+    except (SafetensorError, OSError, RuntimeError) as e:
+        raise bad_file(path, e, expected, CheckpointError) from e
+    # neither from elsewhere nor from before there was a checksum
+    if not meta.get('fnnlite', '{').startswith('{'):
         came,_,meta['fnnlite'] = meta['fnnlite'].partition(' ')
         if came!=_checksum(meta['fnnlite'], tensors):
-            raise bad_file(path, "its contents don't have the checksum they were saved with", expected, CheckpointError)
+            raise bad_file(path, "its contents don't have the checksum they were saved with",
+                expected, CheckpointError)
     return {k:t.to(device) for k,t in tensors.items()},meta
 
 def load_tensors(
@@ -113,7 +117,8 @@ def load_tensors(
 
 # %% ../../nbs/train/162_checkpoints.ipynb #f3a85c87
 class FolderLock:
-    "With it, nobody else has a lock on `folder`; what killed writers left there is gone. It may be entered again inside"
+    """With it, nobody else has a lock on `folder`; what killed writers left there is gone. It may
+    be entered again inside"""
     locked = weakref.WeakSet()
     def __init__(self, folder): self.folder,self.depth = Path(folder),0
     def __enter__(self):
@@ -127,11 +132,14 @@ class FolderLock:
         self.close = weakref.finalize(self, os.close, fd)
         self.locked.add(self)
         try:
-            if not _lock(fd): raise CheckpointError(f"{self.folder}: another run is writing there; wait for its end, or choose another folder")
+            if not _lock(fd):
+                raise CheckpointError(f"{self.folder}: another run is writing there; wait for its "
+                    "end, or choose another folder")
             for tmp in self.folder.glob(f'.*{_tmp}'):
                 with suppress(OSError), open(tmp, 'rb') as f:
                     if _lock(f): tmp.unlink()
-            with _temporary(self.folder/'lock'): pass # rather an error now than after the first epoch
+            # rather an error now than after the first epoch
+            with _temporary(self.folder/'lock'): pass
         except BaseException: self.close(); raise
 
     def __exit__(self, *_):
@@ -150,17 +158,23 @@ def check_fit(
 ):
     "CheckpointError that names the first of `tensors` that doesn't fit"
     for k in [*have, *tensors]:
-        if k not in tensors: raise CheckpointError(f"{path}: has no tensor {k!r}, which the model needs")
-        if k not in have: raise CheckpointError(f"{path}: has a tensor {k!r}, which the model lacks")
-        for what,came,expected in (('shape',*(tuple(t.shape) for t in (tensors[k],have[k]))), ('dtype',tensors[k].dtype,have[k].dtype)):
-            if came!=expected: raise CheckpointError(f"{path}: tensor {k!r} has {what} {came}, expected {expected}")
+        if k not in tensors:
+            raise CheckpointError(f"{path}: has no tensor {k!r}, which the model needs")
+        if k not in have:
+            raise CheckpointError(f"{path}: has a tensor {k!r}, which the model lacks")
+        for what,came,expected in (('shape',*(tuple(t.shape) for t in (tensors[k],have[k]))),
+            ('dtype',tensors[k].dtype,have[k].dtype)):
+            if came!=expected:
+                raise CheckpointError(
+                    f"{path}: tensor {k!r} has {what} {came}, expected {expected}")
 
 def put_state(
     module, # a module
     tensors:dict, # its `state_dict`, perhaps
     path, # where that came from, for the error
 ):
-    "`module.load_state_dict(tensors)`; CheckpointError that names the tensor, before anything is changed, if they don't fit"
+    """`module.load_state_dict(tensors)`; CheckpointError that names the tensor, before anything
+    is changed, if they don't fit"""
     check_fit(module.state_dict(), tensors, path)
     module.load_state_dict(tensors)
 
@@ -176,7 +190,8 @@ def load_weights(
     module, # any module, torch's too
     path, # a safetensors file, whoever wrote it
 ):
-    "Put the tensors in `path` into `module`, all or none; CheckpointError that names the first that doesn't fit"
+    """Put the tensors in `path` into `module`, all or none; CheckpointError that names the first
+    that doesn't fit"""
     tensors,_ = read_tensors(path)
     named = list(module.named_parameters(remove_duplicate=False))
     there = {p:tensors[k] for k,p in named if k in tensors}
@@ -184,27 +199,34 @@ def load_weights(
 
 # %% ../../nbs/train/162_checkpoints.ipynb #3d9780cb
 _draws = torch.Generator,random.Random,np.random.RandomState,np.random.Generator
-_holds = ('sampler','batch_sampler','data_source','dataset','datasets','transform','transforms','target_transform',
+_holds = ('sampler','batch_sampler','data_source','dataset','datasets','transform','transforms',
+    'target_transform',
           'collate_fn') # attributes that may have such a thing
 
 def generators(
     dls, # with `train` and `valid`
 )->dict: # names to generators
-    "What the loaders, their samplers and datasets draw random numbers from; ValueError if its state can't be kept"
+    """What the loaders, their samplers and datasets draw random numbers from; ValueError if its
+    state can't be kept"""
     found,seen,todo = {},set(),[('train',dls.train),('valid',dls.valid)]
     for name,o in todo: # it grows
         if id(o) in seen: continue
         seen.add(id(o))
         if getattr(o, 'persistent_workers', False): raise ValueError(
-            f"dls.{name} has persistent_workers=True, whose random states can't be kept for a resume: give it persistent_workers=False")
+            f"dls.{name} has persistent_workers=True, whose random states can't be kept for a "
+            "resume: give it persistent_workers=False")
         if isinstance(o, _draws):
             try: rng_state(o)
             except (NotImplementedError, ValueError): raise ValueError(
-                f"dls.{name} is {o}, whose state can't be kept for a resume: draw from a torch.Generator") from None
+                f"dls.{name} is {o}, whose state can't be kept for a resume: draw from a "
+                "torch.Generator") from None
             found[name] = o
         elif isinstance(o, (list, tuple)):
-            if name.endswith(('datasets', 'transforms')): todo += [(f'{name}.{i}',x) for i,x in enumerate(o)]
-        else: todo += [(f'{name}.{k}',x) for k,x in getattr(o, '__dict__', {}).items() if k in _holds or isinstance(x, _draws)]
+            if name.endswith(('datasets', 'transforms')):
+                todo += [(f'{name}.{i}',x) for i,x in enumerate(o)]
+        else:
+            todo += [(f'{name}.{k}',x) for k,x in getattr(o, '__dict__', {}).items()
+                if k in _holds or isinstance(x, _draws)]
     return found
 
 def rng_state(
@@ -214,7 +236,8 @@ def rng_state(
     if isinstance(g, torch.Generator): return g.get_state()
     if hasattr(g, 'getstate'): return g.getstate()
     state = g.get_state(legacy=False) if hasattr(g, 'get_state') else g.bit_generator.state
-    if state['bit_generator'] not in ('MT19937','PCG64','PCG64DXSM'): raise ValueError(f"can't keep {state['bit_generator']}")
+    if state['bit_generator'] not in ('MT19937','PCG64','PCG64DXSM'):
+        raise ValueError(f"can't keep {state['bit_generator']}")
     return json.loads(json.dumps(state, default=lambda a: a.tolist()))
 
 def set_rng_state(
@@ -227,6 +250,7 @@ def set_rng_state(
         version,ints,gauss = state
         g.setstate((version, tuple(ints), None if gauss is None else float(gauss)))
     else:
-        if not 0<=state['state'].get('pos', 0)<=624: raise ValueError("pos is beyond the end") # numpy would read there
+        # numpy would read there
+        if not 0<=state['state'].get('pos', 0)<=624: raise ValueError("pos is beyond the end")
         if hasattr(g, 'set_state'): g.set_state(state)
         else: g.bit_generator.state = state

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from ..core.module import Module
 from ..core.record import as_it_is, const, internals, path, plain as plain_types
-from .graphs import NotOneGraph, captured, changed_by, machine_code, op_by_op, same_graph, same_tensors, written_down
+from .graphs import NotOneGraph, captured, changed_by, machine_code, op_by_op
+from .graphs import same_graph, same_tensors, written_down
 from .libraries import warn
 from .optimizers import Optimizer, clip
 
@@ -26,10 +27,12 @@ def _numbers(v):
     return vs if all(type(o) in (int,float) for o in vs) else None
 
 class Varying:
-    "An option's numbers as inputs of a graph, but for zeros: a rule leaves out what it'd do with them"
+    """An option's numbers as inputs of a graph, but for zeros: a rule leaves out what it'd do
+    with them"""
     def __init__(self, group, k):
         self.group,self.k,self.values = group,k,_numbers(group[k])
-        number = partial(torch.tensor, dtype=torch.float64, device=torch.as_tensor(group['lr']).device)
+        number = partial(torch.tensor, dtype=torch.float64,
+            device=torch.as_tensor(group['lr']).device)
         self.inputs = [number(v) if v else v for v in self.values]
 
     @contextmanager
@@ -51,15 +54,18 @@ class Varying:
         return True
 
 def read_elsewhere(fs)->list:
-    "What the functions `fs`, and those they call, read from globals or from around them: functions that return the values"
+    """What the functions `fs`, and those they call, read from globals or from around them:
+    functions that return the values"""
     found,seen,known = [],{*()},('torch','numpy','fnnlite','fastcore')
     def of(f):
-        if not isinstance(f, FunctionType) or f in seen or f.__module__.split('.')[0] in known: return
+        if not isinstance(f, FunctionType) or f in seen or f.__module__.split('.')[0] in known:
+            return
         seen.add(f)
         codes = [f.__code__]
         for code in codes: codes += [c for c in code.co_consts if isinstance(c, CodeType)]
         cells = [partial(getattr, cell, 'cell_contents', None) for cell in f.__closure__ or ()]
-        found.extend(cells+[partial(f.__globals__.get, n) for n in {n for c in codes for n in c.co_names} if n in f.__globals__])
+        found.extend(cells+[partial(f.__globals__.get, n)
+            for n in {n for c in codes for n in c.co_names} if n in f.__globals__])
         for get in found[:]: of(get())
     for f in fs: of(f)
     return [get for get in found if not callable(get()) and not isinstance(get(), ModuleType)]
@@ -73,12 +79,16 @@ class Seen:
         fs=(), # functions and methods that a step calls besides
     ):
         modules = list(model.modules())
-        self.params = list(dict.fromkeys([*model.parameters(), *(p for g in opt.param_groups for p in g['params'])]))
-        owned = [(d,k,v) for m in modules for d in (m._parameters, m._buffers, m._modules) for k,v in d.items()]
-        plain = [(vars(o),k,v) for o in (*modules, opt) for k,v in vars(o).items() if o is opt or k not in internals]
+        self.params = list(dict.fromkeys([*model.parameters(),
+            *(p for g in opt.param_groups for p in g['params'])]))
+        owned = [(d,k,v) for m in modules for d in (m._parameters, m._buffers, m._modules)
+            for k,v in d.items()]
+        plain = [(vars(o),k,v) for o in (*modules, opt) for k,v in vars(o).items() if o is opt
+            or k not in internals]
         groups = opt.param_groups
         every = {(i,k):v for i,g in enumerate(groups) for k,v in g.items()}
-        self.values = {ik:copy(v) for ik,v in every.items() if isinstance(v, self.by_value) and ik[1]!='params'}
+        self.values = {ik:copy(v) for ik,v in every.items() if isinstance(v, self.by_value)
+            and ik[1]!='params'}
         inputs = sorted(ik for ik in varying if _numbers(every.get(ik)))
         self.varying = [Varying(groups[i], k) for i,k in inputs]
         self.fixed = [(groups[i].get,k,v) for (i,k),v in self.values.items() if (i,k) not in inputs]
@@ -89,23 +99,30 @@ class Seen:
         read = lambda c: {'forward','bwd','update', *(k for k in vars(c) if not k.startswith('__'))}
         methods = [(vars(c),k,vars(c).get(k)) for c in classes for k in read(c)]
         self.places = [(d.get,k,v) for d,k,v in (*owned, *plain, *options, *memory, *methods)]
-        self.places += [(opt.state.get,p,opt.state[p]) for p in self.params if p in opt.state]+[(groups.__getitem__,i,g) for i,g in enumerate(groups)]
+        self.places += [(opt.state.get,p,opt.state[p]) for p in self.params
+            if p in opt.state]+[(groups.__getitem__,i,g) for i,g in enumerate(groups)]
         torchs = {*vars(torch.optim.SGD([torch.empty(0)]))}
-        inside = [v for d,k,v in plain if type(v) not in plain_types and not isinstance(v, (Tensor,FunctionType)) and not (d is vars(opt) and k in torchs)]
+        inside = [v for d,k,v in plain if type(v) not in plain_types
+            and not isinstance(v, (Tensor,FunctionType)) and not (d is vars(opt) and k in torchs)]
         inside += [o for f in fs if hasattr(f, '__self__') for o in (f.__self__, type(f.__self__))]
         read = [*(v for *_,v in (*plain, *methods)), *(getattr(f, '__func__', f) for f in fs)]
         looks = [partial(as_it_is, v, False) for v in inside]
         looks += [lambda get=get: as_it_is(get(), False) for get in read_elsewhere(read)]
         self.noted = [(look,look()) for look in looks]
-        parts = [vars(opt), *(d for m in modules for d in (m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks))]
+        parts = [vars(opt), *(d for m in modules
+            for d in (m._parameters, m._buffers, m._modules, m._forward_hooks,
+            m._forward_pre_hooks))]
         self.parts = [*parts, opt.param_groups, *(g['params'] for g in opt.param_groups)]
-        self.own,self.ordered = list(map(vars, modules)),[m._modules for m in modules if len(m._modules)>1]
+        self.own,self.ordered = list(map(vars, modules)),[m._modules for m in modules
+            if len(m._modules)>1]
         self.sizes = self.sizes_now()
         held = [*self.params, *(v for _,_,v in (*owned, *options, *memory))]
         held += [v for o in self.varying for v in o.inputs]
         self.tensors = list({id(t):t for t in held if isinstance(t, torch.Tensor)}.values())
         self.generators = [v for _,_,v in plain if isinstance(v, torch.Generator)]
-        hooked = lambda m: m._hooked() if isinstance(m, Module) else m._forward_hooks or m._forward_pre_hooks
+        def hooked(m):
+            if isinstance(m, Module): return m._hooked()
+            return m._forward_hooks or m._forward_pre_hooks
         self.hooked = [path(m, model) for m in modules if hooked(m)]
         self.guard = guard(self.tensors)
 
@@ -123,21 +140,26 @@ class Seen:
 
     def changed_place(self)->str:
         "The name of the first attribute or option that isn't what it was"
-        return next((str(k) for get,k,v in self.places if get(k) is not v), 'there are more, or fewer')
+        return next((str(k) for get,k,v in self.places if get(k) is not v),
+            'there are more, or fewer')
 
     def sizes_now(self):
-        "How many attributes, parameters, options and so on there are, and the order of modules; a record comes and goes"
-        return [*map(len, self.parts), *map(tuple, self.ordered), *(len(d)-('_use' in d)-2*('_record' in d) for d in self.own)]
+        """How many attributes, parameters, options and so on there are, and the order of modules;
+        a record comes and goes"""
+        return [*map(len, self.parts), *map(tuple, self.ordered),
+            *(len(d)-('_use' in d)-2*('_record' in d) for d in self.own)]
 
     def changed(self, opt)->set:
-        "The options of `opt` whose numbers aren't what they were, each as the group's index and its name"
+        """The options of `opt` whose numbers aren't what they were, each as the group's index and
+        its name"""
         return {(i,k) for i,g in enumerate(opt.param_groups) for k,v in g.items()
                 if _numbers(v) and _numbers(self.values.get((i,k))) and self.values[i,k]!=v}
 
 def guard(ts):
     "torch's comparison of tensors with `ts`, in shape, stride, dtype, device and requires_grad"
     shapes,strides = [list(t.shape) for t in ts],[list(t.stride()) for t in ts]
-    return torch._C._dynamo.guards.TensorGuards(*ts, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
+    return torch._C._dynamo.guards.TensorGuards(*ts, dynamic_dims_sizes=shapes,
+        dynamic_dims_strides=strides)
 
 # %% ../../nbs/train/165_compiled.ipynb #96a7a90c
 _one_at_a_time = threading.RLock()
@@ -145,7 +167,8 @@ _one_at_a_time = threading.RLock()
 class Before:
     "What tensors and random number generators were, to undo a step"
     def __init__(self, ts, generators):
-        ts = [t for t in ts if torch._debug_has_internal_overlap(t)!=1] # what `expand` made isn't written to
+        # what `expand` made isn't written to
+        ts = [t for t in ts if torch._debug_has_internal_overlap(t)!=1]
         self.ts,self.copies = ts,[t.detach().clone() for t in ts]
         self.gs,self.rng = [(g,g.get_state()) for g in generators],torch.get_rng_state()
         devices = {t.device for t in ts if t.is_cuda and torch.cuda.is_initialized()}
@@ -159,26 +182,35 @@ class Before:
         for d,state in self.cuda.items(): torch.cuda.set_rng_state(state, d)
 
 class CompiledStep:
-    "`step(*args)`: `model(*args)`, `backward()`, the update and `zero_grad()` in one; returns the loss"
+    """`step(*args)`: `model(*args)`, `backward()`, the update and `zero_grad()` in one; returns
+    the loss"""
     most = 8 # graphs, after which it gives up
     autocast = "autocast is on"
     def __init__(self,
         model:Module, # a `Model`, or any module whose output is a loss
         opt:Optimizer, # of `fnnlite.train.optimizers`
-        keep=(), # names of modules and parameters in `model`, whose gradients are put in `step.g` (of a module: its last output's)
+        keep=(), # names of modules and parameters whose gradients are put in `step.g`
         compiler:bool=True, # machine code, or the graph's operations one by one?
         before=None, after=None, max_norm=None, # see `compile_step`
     ):
-        if not isinstance(model, Module): raise TypeError(f"compile_step: model is a {type(model).__name__}, expected a fnnlite Module")
-        if not isinstance(opt, Optimizer): raise TypeError(f"compile_step: opt is a {type(opt).__name__}, expected an optimizer of fnnlite.train.optimizers")
+        if not isinstance(model, Module):
+            raise TypeError(f"compile_step: model is a {type(model).__name__}, expected a fnnlite "
+                "Module")
+        if not isinstance(opt, Optimizer):
+            raise TypeError(f"compile_step: opt is a {type(opt).__name__}, expected an optimizer "
+                "of fnnlite.train.optimizers")
         self.keep = [keep] if isinstance(keep, str) else list(keep)
         names = {**dict(model.named_modules()), **dict(model.named_parameters())}
         for n in self.keep:
-            if n not in names: raise ValueError(f"compile_step: keep has {n!r}, expected names of modules or parameters: {', '.join(filter(None, names))}")
-        self.model,self.opt,self.compiler,self.g,self.seen,self.run = model,opt,compiler,{},None,None
+            if n not in names:
+                raise ValueError(f"compile_step: keep has {n!r}, expected names of modules or "
+                    f"parameters: {', '.join(filter(None, names))}")
+        self.model,self.opt,self.compiler = model,opt,compiler
+        self.g,self.seen,self.run = {},None,None
         self.before,self.after,self.max_norm,self.outer = before,after,max_norm,[]
         for f in (before,after):
-            if not isinstance(f, (FunctionType,MethodType,NoneType)): raise TypeError(f"compile_step: before or after is a {type(f).__name__}, "
+            if not isinstance(f, (FunctionType,MethodType,NoneType)):
+                raise TypeError(f"compile_step: before or after is a {type(f).__name__}, "
                 "expected a function or a method: what another object reads can't be watched")
         self.ordinary,self.why_not,self.n_graphs,self.varying,self.first = False,None,0,set(),None
 
@@ -189,7 +221,8 @@ class CompiledStep:
         loss = self.model(*self.batch)
         self.model.backward(free=not self.keep, before=self.before, after=self.after)
         params = dict(self.model.named_parameters()) if self.keep else {}
-        self.g = {n:(params[n] if n in params else self.model.get_submodule(n).out).g for n in self.keep}
+        self.g = {n:(params[n] if n in params else self.model.get_submodule(n).out).g
+            for n in self.keep}
         if self.max_norm is not None: clip(self.model.parameters(), self.max_norm)
         self.opt.step()
         self.opt.zero_grad()
@@ -198,7 +231,9 @@ class CompiledStep:
 
     def __call__(self, *args):
         for a in args:
-            if not isinstance(a, torch.Tensor): raise TypeError(f"compile_step: got an argument of type {type(a).__name__}, expected tensors")
+            if not isinstance(a, torch.Tensor):
+                raise TypeError(f"compile_step: got an argument of type {type(a).__name__}, "
+                    "expected tensors")
         if self.ordinary or not torch.is_grad_enabled(): return self.eager(*args)
         if torch._C._is_any_autocast_enabled():
             if self.why_not!=self.autocast:
@@ -214,7 +249,8 @@ class CompiledStep:
         return self._run(args)
 
     def _run(self, args):
-        torch._C._set_grad_enabled(False) # a graph has its own gradients, and changes weights in place
+        # a graph has its own gradients, and changes weights in place
+        torch._C._set_grad_enabled(False)
         try: loss,*gs = self.run([*self.seen.tensors, *args, *self.more])
         finally: torch._C._set_grad_enabled(True)
         self.g = dict(zip(self.keep, gs))
@@ -235,19 +271,25 @@ class CompiledStep:
         self.opt.place_numbers() # where the model is now
         if self.seen is not None: self.varying |= self.seen.changed(self.opt)
         fs = [f for f in (self.before, self.after) if f]
-        seen = Seen(self.model, self.opt, self.varying if vary else (), fs) # what varies: numbers as inputs
+        # what varies: numbers as inputs
+        seen = Seen(self.model, self.opt, self.varying if vary else (), fs)
         if any(p.grad is not None for p in seen.params): return self.eager(*args)
         n,before = len(seen.tensors),Before([*seen.tensors, *args], seen.generators)
         try:
-            if seen.hooked: raise NotOneGraph(f"{seen.hooked[0]} has hooks: use before and after of compile_step")
+            if seen.hooked:
+                raise NotOneGraph(f"{seen.hooked[0]} has hooks: use before and after of "
+                    "compile_step")
             if self.n_graphs==self.most: raise NotOneGraph(
-                f"what a graph depends on was replaced {self.most} times: let attributes and options stay as they are")
-            if any(t.requires_grad for t in args): raise NotOneGraph("the batch requires grad: detach() it")
+                f"what a graph depends on was replaced {self.most} times: let attributes and "
+                "options stay as they are")
+            if any(t.requires_grad for t in args):
+                raise NotOneGraph("the batch requires grad: detach() it")
             (loss,*_),gm,more = self._written_down(seen, args)
         except Exception as e:
             before.put_back()
             self.opt.zero_grad()
-            if seen.varying: return self._first(args, vary=False) # a rule of someone's that asks for a number
+            # a rule of someone's that asks for a number
+            if seen.varying: return self._first(args, vary=False)
             loss = self.eager(*args) # if the step is at fault, it says so here
             return self._no_graph(e, loss)
         self.model.free()
@@ -255,31 +297,38 @@ class CompiledStep:
         undone = not changed_by(gm, n+len(args)) # else the step changed what nobody knew of
         if not seen.holds():
             if not (once_more and undone): return self._no_graph(
-                f"forward changes attributes of its modules ({seen.changed_place()}): make them buffers", loss)
+                f"forward changes attributes of its modules ({seen.changed_place()}): make them "
+                "buffers", loss)
             before.put_back()
             return self._first(args, vary, once_more=False) # a first call may set something up
         if not undone: before = Before([*seen.tensors, *args], seen.generators)
         try:
             self.run = self._runner(gm, ts)
             with torch.no_grad():
-                if all(t.is_cuda for t in ts): self.run = captured(self.run, ts, range(n, n+len(args)))
+                if all(t.is_cuda for t in ts):
+                    self.run = captured(self.run, ts, range(n, n+len(args)))
         finally: before.put_back() # the step, and what compiler and capture have drawn
         self.outer = [t for t in more if isinstance(t, Tensor)]
-        self.seen,self.more,self.n_args,self.guard,self.n_graphs = seen,more,len(args),guard([*args, *self.outer]),self.n_graphs+1
+        self.seen,self.more,self.n_args = seen,more,len(args)
+        self.guard,self.n_graphs = guard([*args, *self.outer]),self.n_graphs+1
         self.first,self.clipped_at = (gm,more),self.max_norm
         self.classes = [(i,t.n_classes) for i,t in enumerate(self.batch) if hasattr(t, 'n_classes')]
         return self._run(args) if undone else loss
 
     def _written_down(self, seen, args):
-        n,args = len(seen.tensors),[a.detach() for a in args] # else one tensor twice would be one input
+        # else one tensor twice would be one input
+        n,args = len(seen.tensors),[a.detach() for a in args]
         with ExitStack() as stack:
             for o in seen.varying: stack.enter_context(o.put_in())
-            return written_down(lambda *ts: [self.eager(*ts[n:]), *self.g.values()], *seen.tensors, *args)
+            return written_down(lambda *ts: [self.eager(*ts[n:]), *self.g.values()],
+                *seen.tensors, *args)
 
     def _second(self, args):
-        "The second batch's step is written down too, and undone if it is the same graph; if not, since it depends on what Python has read or counts: its loss"
+        """The second batch's step is written down too, and undone if it is the same graph; if
+        not, since it depends on what Python has read or counts: its loss"""
         (gm,more),self.first = self.first,None
-        kinds = [[o for o in more if isinstance(o, kind)] for kind in (torch.Tensor,torch.Generator)]
+        kinds = [[o for o in more if isinstance(o, kind)]
+            for kind in (torch.Tensor,torch.Generator)]
         before = Before([*self.seen.tensors, *args, *kinds[0]], [*self.seen.generators, *kinds[1]])
         try: (loss,*_),again,more_again = self._written_down(self.seen, args)
         except Exception as e:
@@ -290,7 +339,8 @@ class CompiledStep:
         if same_graph(gm, again) and same_tensors(more, more_again):
             before.put_back()
             return None
-        return self._no_graph("two batches gave two graphs, so Python has read a number, drawn one, or counted", loss)
+        return self._no_graph("two batches gave two graphs, so Python has read a number, drawn "
+            "one, or counted", loss)
 
     def _runner(self, gm, ts):
         if self.compiler:
@@ -307,17 +357,20 @@ class CompiledStep:
 
     def _warn(self, e, what):
         said = next(iter(str(e).splitlines()), '') or type(e).__name__
-        if 'out of a tracing tensor' in said: said = "forward asks for a number, in an `if` or a loop: use torch.where"
+        if 'out of a tracing tensor' in said:
+            said = "forward asks for a number, in an `if` or a loop: use torch.where"
         self.why_not = said
         warn(f"{what}: {self.why_not}")
 
 def compile_step(
     model:Module, # a `Model`, or any module whose output is a loss
     opt:Optimizer, # of `fnnlite.train.optimizers`
-    keep=(), # names of modules and parameters in `model`, whose gradients each step leaves in `step.g` (a module's: of its output)
-    compiler:bool=True, # make machine code of it? Or call its operations one by one: at once, but a small net's steps take longer
-    before=None, after=None, # functions of each call in the walk back (see `walk`). What they do to tensors is part of the graph, what else they do isn't
+    keep=(), # modules and parameters, by name, whose gradients (a module's: its output's) `step.g` has
+    compiler:bool=True, # machine code? Or its operations one by one: at once, but slower steps
+    before=None, # a function of each call in the walk back (see `walk`); what it does to tensors
+    after=None, # and another one; what they do besides isn't part of the graph
     max_norm:float|None=None, # scale all gradients down together where their norm exceeds that
 )->CompiledStep:
-    "A function `step(xb, yb)` that does `model(xb, yb)`, `model.backward()`, `opt.step()` and `opt.zero_grad()` as one graph, and returns the loss"
+    """A function `step(xb, yb)` that does `model(xb, yb)`, `model.backward()`, `opt.step()` and
+    `opt.zero_grad()` as one graph, and returns the loss"""
     return CompiledStep(model, opt, keep, compiler, before, after, max_norm)

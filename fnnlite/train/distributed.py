@@ -21,7 +21,8 @@ def share(
     rank:int, # which process
     world:int, # of how many
 )->tuple: # first row, and the one after the last
-    "The rows of a batch that are for process `rank`: as many as for the others, or one more or less"
+    """The rows of a batch that are for process `rank`: as many as for the others, or one more or
+    less"""
     return n*rank//world, n*(rank+1)//world
 
 # %% ../../nbs/train/170_distributed.ipynb #15d1000c
@@ -34,24 +35,30 @@ def own_device(
 )->torch.device:
     "Where this process computes: of several GPUs, the one with its number"
     device = torch.device(kind)
-    return torch.device('cuda', int(os.environ['LOCAL_RANK'])) if launched() and device.type=='cuda' else device
+    return torch.device('cuda',
+        int(os.environ['LOCAL_RANK'])) if launched() and device.type=='cuda' else device
 
 @contextmanager
 def processes(
     device:torch.device, # from `own_device`
     timeout:float=60, # seconds to wait for another process
 ):
-    "Inside, this process is connected to the others of its run, if it has any: is it the first of them? Only that one prints"
+    """Inside, this process is connected to the others of its run, if it has any: is it the first
+    of them? Only that one prints"""
     if not launched():
         yield True
         return
-    import torch.distributed.nn # its functions would keep a group that is there when they are imported, and its threads abort Python's exit
+    # its functions would keep a group that is there when they are imported,
+    # and its threads abort Python's exit
+    import torch.distributed.nn
     gpu = device.type=='cuda'
     if gpu: torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if gpu else 'gloo', timeout=timedelta(seconds=timeout), device_id=device if gpu else None)
+    dist.init_process_group('nccl' if gpu else 'gloo', timeout=timedelta(seconds=timeout),
+        device_id=device if gpu else None)
     first = dist.get_rank()==0
     try:
-        with open(os.devnull, 'w') as nowhere, redirect_stdout(sys.stdout if first else nowhere): yield first
+        with open(os.devnull, 'w') as nowhere, redirect_stdout(sys.stdout if first else nowhere):
+            yield first
     finally: dist.destroy_process_group()
 
 # %% ../../nbs/train/170_distributed.ipynb #15d1000e
@@ -59,32 +66,43 @@ class DistributedError(RuntimeError):
     "The processes of a run don't do the same, or one is gone"
 
 class Distributed(Callback):
-    "Make this `Learner` one of several, each in a process: the same batches, history and weights, a share of the work"
+    """Make this `Learner` one of several, each in a process: the same batches, history and
+    weights, a share of the work"""
     order,queue = -20,None
-    steps = 'begins the training','goes through a batch','leaves a batch early','ends the training','ends the validation'
+    steps = ('begins the training','goes through a batch','leaves a batch early',
+        'ends the training','ends the validation')
     def __init__(self,
         bucket:int=2**20, # bytes of gradients to wait for before they are sent, together
     ): self.bucket = bucket
 
     def before_fit(self):
         if not dist.is_initialized():
-            raise DistributedError("Distributed: this process is connected to no other: start it with torchrun, and fit within processes()")
+            raise DistributedError("Distributed: this process is connected to no other: start it "
+                "with torchrun, and fit within processes()")
         self.rank,self.world = dist.get_rank(),dist.get_world_size()
         self.recorder = next(o for o in self.cbs if isinstance(o, Recorder))
         for m in self.metrics:
             if is_stateful(m) and not hasattr(m, 'sync'): raise DistributedError(
-                f"Distributed: the metric {metric_name(m)} counts this process's rows alone; give it a sync() like torchmetrics', or use a function")
+                f"Distributed: the metric {metric_name(m)} counts this process's rows alone; give "
+                "it a sync() like torchmetrics', or use a function")
         if self.rank: # in place, for one of these lists is being gone through
-            for e,fs in self.handlers.items(): fs[:] = [f for f in fs if e not in getattr(getattr(f, '__self__', None), 'once', ())]
+            for e,fs in self.handlers.items():
+                fs[:] = [f for f in fs if e not in getattr(getattr(f, '__self__', None), 'once',
+                    ())]
         self._same_model()
 
     def _same_model(self):
         "Give all processes the weights of the first"
-        state,theirs = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())},[None]*self.world
-        with self._others(): dist.all_gather_object(theirs, [f"{n} {tuple(t.shape)} {t.dtype}" for n,t in state.items()])
+        state,theirs = {**dict(self.model.named_parameters()),
+            **dict(self.model.named_buffers())},[None]*self.world
+        with self._others():
+            dist.all_gather_object(theirs,
+                [f"{n} {tuple(t.shape)} {t.dtype}" for n,t in state.items()])
         for rank,names in enumerate(theirs):
             for a,b in zip_longest(theirs[0], names):
-                if a!=b: raise DistributedError(f"Distributed: the model of process {rank} has {b}, that of process 0 {a}")
+                if a!=b:
+                    raise DistributedError(
+                        f"Distributed: the model of process {rank} has {b}, that of process 0 {a}")
         for t in state.values():
             new = t.detach().contiguous()
             with self._others(): dist.broadcast(new, 0)
@@ -95,7 +113,8 @@ class Distributed(Callback):
         try: yield
         except RuntimeError as e:
             self.queue = None
-            raise DistributedError(f"epoch {self.epoch}: another process is gone or doesn't answer: {str(e).splitlines()[0]}") from e
+            raise DistributedError(f"epoch {self.epoch}: another process is gone or doesn't "
+                f"answer: {str(e).splitlines()[0]}") from e
 
     def before_train(self):
         self._open()
@@ -115,18 +134,21 @@ class Distributed(Callback):
         if self.training: self._open()
 
     def before_backward(self):
-        self.start = self.loss.g = torch.full_like(self.loss, float(self.weight>0) if sums_rows(self.model) else self.weight)
+        self.start = self.loss.g = torch.full_like(self.loss, float(self.weight>0)
+            if sums_rows(self.model) else self.weight)
 
     def grad_ready(self, p):
         if p not in self.params: raise DistributedError(
-            f"Distributed: a parameter of shape {tuple(p.shape)} has a gradient, but wanted none when the batch began: unfreeze it earlier")
+            f"Distributed: a parameter of shape {tuple(p.shape)} has a gradient, but wanted none "
+            "when the batch began: unfreeze it earlier")
         self.done.add(p)
         while self.queue and self.queue[0] in self.done: self._send(self.queue.popleft())
 
     def after_backward(self):
         if self.queue is None: return
         if self.loss.g is not self.start: raise DistributedError(
-            "Distributed: another callback assigned loss.g, which has the weight of this process in the batch: multiply it instead")
+            "Distributed: another callback assigned loss.g, which has the weight of this process "
+            "in the batch: multiply it instead")
         self._round('goes through a batch', self.rows)
 
     def after_batch(self):
@@ -138,8 +160,10 @@ class Distributed(Callback):
         if self.queue is None: return
         try: self._round('leaves a batch early', self.rows)
         except DistributedError as e:
-            if isinstance(e.__context__, CancelException): raise # any other error is more to the point
-    after_cancel_backward = after_cancel_batch = after_cancel_train = after_cancel_epoch = after_cancel_fit = _leave
+            # any other error is more to the point
+            if isinstance(e.__context__, CancelException): raise
+    after_cancel_backward = after_cancel_batch = after_cancel_train = _leave
+    after_cancel_epoch = after_cancel_fit = _leave
 
     def _reduce(self, step):
         "Make the recorder's sums those of all processes"
@@ -151,7 +175,8 @@ class Distributed(Callback):
     def _open(self):
         self.params = {p:p.grad for p in reversed(list(self.model.parameters())) if wants(p)}
         self.queue,self.done,self.sent,self.waiting,self.works = deque(self.params),set(),[],[],[]
-        for p in self.params if self.rank else (): p.grad = None # what earlier batches left there is the same in all, and to be counted once
+        # what earlier batches left there is the same in all, and to be counted once
+        for p in self.params if self.rank else (): p.grad = None
 
     def _send(self, p, own=True):
         had = own and p.grad is not None
@@ -170,15 +195,19 @@ class Distributed(Callback):
         with self._others(): self.works.append((dist.all_reduce(flat, async_op=True), gs, flat))
 
     def _round(self, step, rows=0, values=None):
-        "Send what is left to send, and the line; the sums of `values` over all processes, if they agree in everything else"
+        """Send what is left to send, and the line; the sums of `values` over all processes, if
+        they agree in everything else"""
         (queue,self.queue),own = (self.queue,None),step=='goes through a batch'
         for p in queue: self._send(p, own)
         self._ship()
         values = values or [0]*(2+len(self.metrics))
-        weights = 0 if rows else sum(p.detach().contiguous().flatten().view(torch.uint8).sum().item() for p in self.params)
+        in_bytes = lambda p: p.detach().contiguous().flatten().view(torch.uint8)
+        weights = 0 if rows else sum(in_bytes(p).sum().item() for p in self.params)
         at = torch.zeros(self.world, 5, dtype=torch.float64)
-        at[self.rank] = torch.tensor([self.steps.index(step), self.epoch, getattr(self.learn, 'iter', 0), rows, weights])
-        line = torch.tensor([*(had for *_,had in self.sent), *at.flatten(), *values], dtype=torch.float64).to(self.device)
+        at[self.rank] = torch.tensor([self.steps.index(step), self.epoch,
+            getattr(self.learn, 'iter', 0), rows, weights])
+        line = torch.tensor([*(had for *_,had in self.sent), *at.flatten(), *values],
+            dtype=torch.float64).to(self.device)
         self._sum([line], line)
         with self._others():
             for work,_,_ in self.works: work.wait()
@@ -193,6 +222,8 @@ class Distributed(Callback):
     def _agreed(self, at):
         if all(a==at[0] for a in at): return
         if all(a[:-1]==at[0][:-1] for a in at):
-            raise DistributedError(f"epoch {self.epoch}: the processes have different weights: something changed them in one only")
-        raise DistributedError('; '.join(f"process {rank} {self.steps[step]} (epoch {epoch}, batch {i}, {rows} rows)"
+            raise DistributedError(f"epoch {self.epoch}: the processes have different weights: "
+                "something changed them in one only")
+        raise DistributedError('; '.join(
+            f"process {rank} {self.steps[step]} (epoch {epoch}, batch {i}, {rows} rows)"
                                          for rank,(step,epoch,i,rows,_) in enumerate(at)))

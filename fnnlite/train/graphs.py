@@ -17,18 +17,22 @@ from .libraries import cache_folder, compiler_works_in, library
 class NotOneGraph(Exception): "Why a step can't be written down as one graph"
 
 def does_more(n)->bool:
-    "Does the node `n` of a graph do more than to return something: change a tensor, draw a random number, raise an error?"
-    if n.op!='call_function' or n.target is operator.getitem: return n.op in ('placeholder','output')
+    """Does the node `n` of a graph do more than to return something: change a tensor, draw a
+    random number, raise an error?"""
+    if n.op!='call_function' or n.target is operator.getitem:
+        return n.op in ('placeholder','output')
     if not isinstance(n.target, torch._ops.OpOverload): return True
     schema = n.target._schema
-    return schema.is_mutable or not schema.returns or torch.Tag.nondeterministic_seeded in n.target.tags
+    draws = torch.Tag.nondeterministic_seeded in n.target.tags
+    return schema.is_mutable or not schema.returns or draws
 
 def tidied(
     gm, # a graph that `make_fx` made
 ):
     "`gm` without aliases, and without what nobody reads"
     for n in gm.graph.find_nodes(op='call_function', target=torch.ops.aten.detach.default):
-        if n.args[0].op=='placeholder' and any(u.op=='output' for u in n.users): continue # the input itself isn't returned
+        # the input itself isn't returned
+        if n.args[0].op=='placeholder' and any(u.op=='output' for u in n.users): continue
         n.replace_all_uses_with(n.args[0])
         gm.graph.erase_node(n)
     gm.graph.eliminate_dead_code(does_more)
@@ -42,9 +46,11 @@ def lifted(
     first = next(n for n in gm.graph.nodes if n.op!='placeholder')
     for n in [n for n in gm.graph.nodes if n.op=='get_attr']:
         t = getattr(gm, n.target)
-        if all(u.target==torch.ops.aten.lift_fresh_copy.default for u in n.users): continue # made in the step itself
+        # made in the step itself
+        if all(u.target==torch.ops.aten.lift_fresh_copy.default for u in n.users): continue
         if n.target not in found:
-            with gm.graph.inserting_before(first): found[n.target] = gm.graph.placeholder(n.target),t
+            with gm.graph.inserting_before(first):
+                found[n.target] = gm.graph.placeholder(n.target),t
         n.replace_all_uses_with(found[n.target][0])
         gm.graph.erase_node(n)
     for n in gm.graph.nodes: n.meta.clear() # of real tensors, where inductor looks for shapes
@@ -59,13 +65,18 @@ def same_graph(
     held = [[getattr(gm, n.target) for n in gm.graph.nodes if n.op=='get_attr'] for gm in (a,b)]
     return same_tensors(*held)
 
-def same_tensors(a, b): return len(a)==len(b) and all(x is y or isinstance(x, torch.Tensor) and torch.equal(x, y) for x,y in zip(a, b))
+def same_tensors(a, b):
+    return len(a)==len(b) and all(x is y or isinstance(x, torch.Tensor) and torch.equal(x, y)
+        for x,y in zip(a, b))
 
 class NumbersFromOutside(TorchDispatchMode):
-    "Refuses, while a graph is written down, to read the number of a tensor that is no part of it: it would stay what it is now"
+    """Refuses, while a graph is written down, to read the number of a tensor that is no part of
+    it: it would stay what it is now"""
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        if f is torch.ops.aten._local_scalar_dense.default and get_proxy_slot(args[0], get_proxy_mode().tracer, None) is None:
-            raise NotOneGraph("a number was read from a tensor that is neither an input nor the model's")
+        if f is torch.ops.aten._local_scalar_dense.default and get_proxy_slot(args[0],
+            get_proxy_mode().tracer, None) is None:
+            raise NotOneGraph("a number was read from a tensor that is neither an input nor the "
+                "model's")
         return f(*args, **(kwargs or {}))
 
 def written_down(
@@ -92,11 +103,14 @@ def changed_by(
     seen = set([n for n in gm.graph.nodes if n.op=='placeholder'][start:])
     for n in gm.graph.nodes:
         if not isinstance(n.target, torch._ops.OpOverload):
-            if n.op=='call_function' and seen & set(n.all_input_nodes): seen.add(n) # one of several views
+            # one of several views
+            if n.op=='call_function' and seen & set(n.all_input_nodes): seen.add(n)
             continue
         schema = n.target._schema.arguments
-        for a,v in [*zip(schema, n.args), *((a,n.kwargs[a.name]) for a in schema if a.name in n.kwargs)]:
-            if a.alias_info is None or not seen & set(v if isinstance(v, (list,tuple)) else [v]): continue
+        for a,v in [*zip(schema, n.args),
+            *((a,n.kwargs[a.name]) for a in schema if a.name in n.kwargs)]:
+            if a.alias_info is None or not seen & set(v if isinstance(v, (list,tuple)) else [v]):
+                continue
             if a.alias_info.is_write: return True
             seen.add(n)
     return False
@@ -111,7 +125,8 @@ def captured(
 ):
     "`f` as one launch: a function of such a list; what it returns is overwritten by its next call"
     graph,capture = graph or torch.cuda.CUDAGraph(),capture or torch.cuda.graph
-    places,before = [t.clone() if i in batch else t for i,t in enumerate(ts)],[t.clone() for t in ts]
+    places,before = [t.clone() if i in batch else t
+        for i,t in enumerate(ts)],[t.clone() for t in ts]
     for _ in range(3): f(places)
     with capture(graph): outs = f(places)
     for t,b in zip(places, before): t.copy_(b)
@@ -124,7 +139,8 @@ def captured(
 def op_by_op(
     gm, # a graph
 ):
-    "`gm` as a function of a list of tensors that calls one operation after another, without what torch looks up in Python before each"
+    """`gm` as a function of a list of tensors that calls one operation after another, without
+    what torch looks up in Python before each"""
     code = gm.graph.python_code('self')
     src,names = code.src,dict(code.globals)
     for op in {n.target for n in gm.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}:
@@ -138,6 +154,7 @@ def machine_code(
     ts, # its inputs
 ):
     "`gm` as a function of a list of tensors, compiled for their device"
-    if not ts[0].is_cuda: return torch._C._aoti.AOTIModelContainerRunnerCpu(str(library(gm, ts)), 1).run
+    if not ts[0].is_cuda:
+        return torch._C._aoti.AOTIModelContainerRunnerCpu(str(library(gm, ts)), 1).run
     with compiler_works_in(cache_folder()/'inductor'): f = torch._inductor.compile(gm, ts)
     return lambda ts: f(*ts)

@@ -21,8 +21,10 @@ def accuracy(
 ):
     "The share of rows whose largest score is that of their class; ValueError for other shapes"
     if pred.ndim!=2 or pred.shape[1]<2 or targ.shape!=pred.shape[:1]:
-        raise ValueError(f"accuracy: pred has shape {tuple(pred.shape)} and targ {tuple(targ.shape)}, "
-            "expected (n,C) with C at least 2, and (n); for one score a row write a metric of your own")
+        raise ValueError(f"accuracy: pred has shape {tuple(pred.shape)} and targ "
+            f"{tuple(targ.shape)}, "
+            "expected (n,C) with C at least 2, and (n); for one score a row write a metric of "
+            "your own")
     return (pred.argmax(-1)==targ).double().mean()
 
 # %% ../../nbs/train/168_learners.ipynb #cbd7b9b6
@@ -34,17 +36,20 @@ class Learner:
         opt, # an optimizer over the model's parameters, or a function of them that makes one
         metrics=(), # functions of (pred, targ), or objects like torchmetrics'
         cbs=(), # callbacks
-        compiled:bool|str=False, # run each training step as one graph (see `compile_step`; 'graph': without a compiler)? Callbacks can't look into it then
+        compiled:bool|str=False, # each step one graph (see `compile_step`; 'graph': no compiler)?
         before=None, after=None, # functions of each call in the walk back (see `walk`)
     ):
         self.model,self.dls,self.metrics = model,dls,tuple(listify(metrics))
         self.opt = opt if isinstance(opt, torch.optim.Optimizer) else opt(model.parameters())
         mine = set(model.parameters())
-        if not any(p in mine for g in self.opt.param_groups for p in g['params']): raise ValueError("Learner: opt holds no parameter of the model")
+        if not any(p in mine for g in self.opt.param_groups for p in g['params']):
+            raise ValueError("Learner: opt holds no parameter of the model")
         self.history,self.epoch,self.n_epoch,self.training = History(),0,0,False
         self.around = {k:f for k,f in dict(before=before, after=after).items() if f}
-        self.cbs = [Recorder(),StopAtNonFinite(),Progress(),*(o() if isinstance(o, type) else o for o in listify(cbs))]
-        if compiled not in (True,False,'graph'): raise ValueError(f"Learner: compiled is {compiled!r}, expected True, False or 'graph'")
+        self.cbs = [Recorder(),StopAtNonFinite(),Progress(),
+            *(o() if isinstance(o, type) else o for o in listify(cbs))]
+        if compiled not in (True,False,'graph'):
+            raise ValueError(f"Learner: compiled is {compiled!r}, expected True, False or 'graph'")
         self.step = None
         if compiled:
             from fnnlite.train.compiled import compile_step
@@ -62,7 +67,8 @@ class Learner:
     @contextmanager
     def _listening(self, cbs):
         cbs = sorted(cbs, key=lambda o: o.order)
-        self.handlers = {e:[getattr(o, e) for o in cbs if hasattr(type(o), e)] for e in (*events,'grad_ready')}
+        self.handlers = {e:[getattr(o, e) for o in cbs if hasattr(type(o), e)]
+            for e in (*events,'grad_ready')}
         for o in cbs: o.learn = self
         try: yield
         finally:
@@ -82,13 +88,15 @@ class Learner:
     def fit(self,
         n:int, # epochs in all; one that goes on from a checkpoint does those that are left
     ):
-        "Train for `n` epochs. Ctrl-C ends it after the last whole epoch in the history; `learn.interrupted` tells"
+        """Train for `n` epochs. Ctrl-C ends it after the last whole epoch in the history;
+        `learn.interrupted` tells"""
         if n<1: raise ValueError(f"Learner: fit got n={n}, expected at least 1 epoch")
         if self.step is not None:
             for o in self.cbs:
                 for e in inner_events:
                     if hasattr(type(o), e) and type(o) is not ClipGrads: raise ValueError(
-                        f"Learner: {type(o).__name__} wants to be called at '{e}', which is inside a compiled step: "
+                        f"Learner: {type(o).__name__} wants to be called at '{e}', which is "
+                        "inside a compiled step: "
                         "use ClipGrads, Learner(before=..., after=...), or compiled=False")
         self.n_epoch,self.epoch,self.interrupted,self.history = n,0,False,History()
         self.model.free() # calls that nobody will walk back over
@@ -119,7 +127,8 @@ class Learner:
 
     def _train_batch(self):
         if self.step is not None:
-            self.step.max_norm = min([o.max_norm for o in self.cbs if type(o) is ClipGrads], default=None)
+            self.step.max_norm = min([o.max_norm for o in self.cbs if type(o) is ClipGrads],
+                default=None)
             self.loss = self.step(self.xb, self.yb)
             return self('after_loss')
         self.loss = self.model(const(self.xb), const(self.yb))
@@ -138,7 +147,8 @@ class Learner:
 
     def validate(self)->dict:
         "The validation loss and metrics"
-        if self.dls.valid is None: raise ValueError("Learner: validate() without validation data: dls.valid is None")
+        if self.dls.valid is None:
+            raise ValueError("Learner: validate() without validation data: dls.valid is None")
         rec,was = Recorder(),vars(self).copy()
         try:
             with evaluating(self.model), self._listening([rec]):
@@ -152,13 +162,16 @@ class Learner:
         bs:int=1024, # how many at a time
     )->torch.Tensor:
         "The model's output for `x`, in eval mode, on the model's device"
-        with evaluating(self.model): return torch.cat([self.model.layers(b.to(self.device)) for b in x.split(bs)])
+        with evaluating(self.model):
+            return torch.cat([self.model.layers(b.to(self.device)) for b in x.split(bs)])
 
     def plot_losses(self, ax=None):
         "Losses by epoch, and the metrics beside them"
         import matplotlib.pyplot as plt
         names = list(map(metric_name, self.metrics))
-        if ax is None: ax = plt.subplots(1, 2 if names else 1, figsize=(8 if names else 4, 3), squeeze=False, layout='constrained')[1][0]
+        if ax is None:
+            ax = plt.subplots(1, 2 if names else 1, figsize=(8 if names else 4, 3), squeeze=False,
+                layout='constrained')[1][0]
         for a,keys in zip(ax, (['train_loss','valid_loss'],names)):
             for k in keys:
                 rows = [(r['epoch'],r[k]) for r in self.history if r.get(k) is not None]

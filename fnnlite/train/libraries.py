@@ -73,7 +73,8 @@ def found(
     for path in folder.glob(f'{key}-*.so'):
         calls = path.with_suffix('.json')
         try:
-            if path.stem==_name(key, _read(path), _read(calls) if calls.is_symlink() or calls.exists() else b''): return path
+            if path.stem==_name(key, _read(path), _read(calls) if calls.is_symlink()
+                or calls.exists() else b''): return path
             why = f"{path} is damaged"
         except FileNotFoundError: continue # another process has just removed it
         except OSError as e: why = str(e)
@@ -129,8 +130,10 @@ def compiler_works_in(
             else: os.environ[k] = v
 
 _options = {'fallback_random': True, 'aot_inductor.compile_wrapper_opt_level': 'O1',
-    'aot_inductor.precompile_headers': False, # torch keeps them in a folder that isn't the user's alone
-    'cpp.vec_isa_ok': True} # the compiler isn't tried with each kind of vector first: a third of a first run
+    # torch keeps them in a folder that isn't the user's alone
+    'aot_inductor.precompile_headers': False,
+    # the compiler isn't tried with each kind of vector first: a third of a first run
+    'cpp.vec_isa_ok': True}
 
 def compile_library(
     gm, # a graph
@@ -153,7 +156,8 @@ def library(
     constants = [getattr(gm, n.target).tolist() for n in gm.graph.nodes if n.op=='get_attr']
     inputs = [(t.shape,t.stride(),t.dtype,t.device) for t in ts]
     machine = torch.get_num_threads(),torch.backends.cpu.get_cpu_capability()
-    known = [gm.code, constants, inputs, _options, torch.__version__, torch.version.git_version, machine,
+    known = [gm.code, constants, inputs, _options, torch.__version__, torch.version.git_version,
+        machine,
              getsource(routes)] # which has what an operation of our own is to a compiler
     key,folder = hashlib.sha256(repr(known).encode()).hexdigest(),cache_folder()
     return found(folder, key) or kept(folder, key, *compile_library(gm, ts))

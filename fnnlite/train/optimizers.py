@@ -13,18 +13,23 @@ from ..core.record import traced
 # %% ../../nbs/train/160_optimizers.ipynb #e0aef1b6
 def _go(ps, steps, lr):
     "p -= lr·step; a graph can't read the number in `lr`, and on a GPU it would mean to wait"
-    if isinstance(lr, Tensor) and (traced() or lr.is_cuda): torch._foreach_sub_(ps, torch._foreach_mul(steps, lr))
+    if isinstance(lr, Tensor) and (traced() or lr.is_cuda):
+        torch._foreach_sub_(ps, torch._foreach_mul(steps, lr))
     else: torch._foreach_add_(ps, steps, alpha=-float(lr))
 
 def _numbers(xs):
-    "The numbers in the vector `xs`. Inductor computes them anew wherever they are needed, unless they come out of a reduction"
+    """The numbers in the vector `xs`. Inductor computes them anew wherever they are needed,
+    unless they come out of a reduction"""
     return xs.expand(16, len(xs)).amax(0).unbind() if traced() or xs.is_cuda else xs.tolist()
 
 
 
-def _on(x): return isinstance(x, Tensor) or x!=0 # an input of a graph isn't asked for its number; see `Varying`
+# an input of a graph isn't asked for its number; see `Varying`
+def _on(x): return isinstance(x, Tensor) or x!=0
 
-def _plus(xs, ys, a): return torch._foreach_add(xs, torch._foreach_mul(ys, a)) if isinstance(a, Tensor) else torch._foreach_add(xs, ys, alpha=a)
+def _plus(xs, ys, a):
+    if isinstance(a, Tensor): return torch._foreach_add(xs, torch._foreach_mul(ys, a))
+    return torch._foreach_add(xs, ys, alpha=a)
 
 def _decayed(ps, gs, weight_decay): return _plus(gs, ps, weight_decay) if _on(weight_decay) else gs
 
@@ -42,7 +47,8 @@ def clip(
     params, # parameters with gradients
     max_norm:float, # the largest norm that is left alone
 ):
-    "Scale all gradients down together where their norm exceeds `max_norm` (Pascanu, Mikolov and Bengio 2013)"
+    """Scale all gradients down together where their norm exceeds `max_norm` (Pascanu, Mikolov and
+    Bengio 2013)"""
     each = False if traced() else None # a compiler makes loops of its own
     torch.nn.utils.clip_grad_norm_(params, float(max_norm), foreach=each)
 
@@ -50,7 +56,8 @@ def clip(
 def _mean_square(sqrs, gs, beta):
     "s = beta·s + (1-beta)·g²"
     torch._foreach_mul_(sqrs, beta)
-    if isinstance(beta, Tensor): torch._foreach_add_(sqrs, torch._foreach_mul(torch._foreach_mul(gs, gs), 1-beta))
+    if isinstance(beta, Tensor):
+        torch._foreach_add_(sqrs, torch._foreach_mul(torch._foreach_mul(gs, gs), 1-beta))
     else: torch._foreach_addcmul_(sqrs, gs, gs, value=1-beta)
 
 def rmsprop_step(ps, gs, sqrs, vs, lr, alpha=.99, eps=1e-8, momentum=0., weight_decay=0.):
@@ -74,8 +81,10 @@ def _mean(avgs, gs, beta):
         torch._foreach_add_(avgs, torch._foreach_mul(gs, 1-beta))
     else: torch._foreach_lerp_(avgs, gs, 1-beta)
 
-def adam_step(ps, gs, avgs, sqrs, steps, lr, betas=(.9,.999), eps=1e-8, weight_decay=0., decoupled=False):
-    "p -= lr·m/(√s+eps), with m and s running means of g and g², both corrected for their start at zero; `decoupled`: AdamW"
+def adam_step(ps, gs, avgs, sqrs, steps, lr, betas=(.9,.999), eps=1e-8, weight_decay=0.,
+    decoupled=False):
+    """p -= lr·m/(√s+eps), with m and s running means of g and g², both corrected for their start
+    at zero; `decoupled`: AdamW"""
     beta1,beta2 = betas
     if decoupled and _on(weight_decay): torch._foreach_mul_(ps, 1-lr*weight_decay)
     else: gs = _decayed(ps, gs, weight_decay)
@@ -91,7 +100,8 @@ def adam_step(ps, gs, avgs, sqrs, steps, lr, betas=(.9,.999), eps=1e-8, weight_d
 
 # %% ../../nbs/train/160_optimizers.ipynb #1b216702
 def _portions(ps, most=2**20):
-    "`ps` in lists of at most so many numbers, or of one tensor: what a rule makes on its way is then small, and what it reads again still in the cache"
+    """`ps` in lists of at most so many numbers, or of one tensor: what a rule makes on its way is
+    then small, and what it reads again still in the cache"""
     portion,n = [],0
     for p in ps:
         if portion and n+p.numel()>most:
@@ -113,7 +123,8 @@ class Optimizer(torch.optim.Optimizer):
     _opt_called = True # for the schedulers, which can't see it
     def _patch_step_function(self): pass
     def register_step_pre_hook(self, hook): raise NotImplementedError(
-        f"{type(self).__name__} runs no step hooks, for a compiled step couldn't: call them after step()")
+        f"{type(self).__name__} runs no step hooks, for a compiled step couldn't: call them after "
+        "step()")
     register_step_post_hook = register_step_pre_hook
 
     def check_options(self, group):
@@ -125,7 +136,8 @@ class Optimizer(torch.optim.Optimizer):
         for k in ('lr','momentum','weight_decay','eps'):
             if k in o and not o[k]>=0: fail(f"{k} is {o[k]}, expected at least 0")
         for k,vs in (('betas',o.get('betas',())),('alpha',(o.get('alpha',0),))):
-            if not all(0<=v<1 for v in vs): fail(f"{k} is {o[k]}, expected at least 0 and less than 1")
+            if not all(0<=v<1 for v in vs):
+                fail(f"{k} is {o[k]}, expected at least 0 and less than 1")
         if o.get('nesterov') and not o['momentum']: fail("nesterov needs a momentum above 0")
 
     def add_param_group(self, group):
@@ -133,11 +145,14 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         group = self.param_groups[-1]
         group['lr'] = torch.as_tensor(group['lr'], dtype=torch.float64).clone()
-        for p in group['params']: self.state[p] = {k: torch.zeros((), dtype=torch.float64) if k=='step' else torch.zeros_like(p) for k in self.memory}
+        for p in group['params']:
+            self.state[p] = {k: torch.zeros((), dtype=torch.float64) if k=='step'
+                else torch.zeros_like(p) for k in self.memory}
         self.place_numbers()
 
     def place_numbers(self):
-        "Rates and counts belong on the parameters' GPU: a captured graph reads what is there, and takes a number on the CPU for a constant"
+        """Rates and counts belong on the parameters' GPU: a captured graph reads what is there,
+        and takes a number on the CPU for a constant"""
         for group in self.param_groups:
             devices = {p.device for p in group['params']}
             device = devices.pop() if len(devices)==1 else torch.device('cpu')
@@ -156,7 +171,9 @@ class Optimizer(torch.optim.Optimizer):
         return float(self.param_groups[0]['lr'])
     @lr.setter
     def lr(self, lr):
-        for group in self.param_groups: group['lr'] = torch.as_tensor(lr, dtype=torch.float64) if not isinstance(group['lr'], Tensor) else group['lr'].fill_(lr)
+        for group in self.param_groups:
+            if isinstance(group['lr'], Tensor): group['lr'].fill_(lr)
+            else: group['lr'] = torch.as_tensor(lr, dtype=torch.float64)
 
     def step(self, closure=None):
         "Update every parameter that has a gradient"
@@ -164,7 +181,8 @@ class Optimizer(torch.optim.Optimizer):
         with torch.no_grad():
             for group in self.param_groups:
                 for ps in _portions([p for p in group['params'] if p.grad is not None]):
-                    self.update(ps, [p.grad for p in ps], [[self.state[p][k] for p in ps] for k in self.memory], group)
+                    self.update(ps, [p.grad for p in ps],
+                        [[self.state[p][k] for p in ps] for k in self.memory], group)
         return loss
     step._wrapped_by_lr_sched = True
 
@@ -177,26 +195,36 @@ class Optimizer(torch.optim.Optimizer):
 class SGD(Optimizer):
     "Stochastic gradient descent"
     memory = ('momentum_buffer',)
-    def __init__(self, params, lr=1e-3, momentum:float=0., nesterov:bool=False, weight_decay:float=0.):
-        super().__init__(params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
-    def update(self, ps, gs, memory, o): sgd_step(ps, gs, *memory, o['lr'], o['momentum'], o['nesterov'], o['weight_decay'])
+    def __init__(self, params, lr=1e-3, momentum:float=0., nesterov:bool=False,
+        weight_decay:float=0.):
+        super().__init__(params, lr=lr, momentum=momentum, nesterov=nesterov,
+            weight_decay=weight_decay)
+    def update(self, ps, gs, memory, o):
+        sgd_step(ps, gs, *memory, o['lr'], o['momentum'], o['nesterov'], o['weight_decay'])
 
 class RMSprop(Optimizer):
     "Gradients divided by their running root mean square"
     memory = ('square_avg','momentum_buffer')
-    def __init__(self, params, lr=1e-2, alpha:float=.99, eps:float=1e-8, momentum:float=0., weight_decay:float=0.):
-        super().__init__(params, lr=lr, alpha=alpha, eps=eps, momentum=momentum, weight_decay=weight_decay)
-    def update(self, ps, gs, memory, o): rmsprop_step(ps, gs, *memory, o['lr'], o['alpha'], o['eps'], o['momentum'], o['weight_decay'])
+    def __init__(self, params, lr=1e-2, alpha:float=.99, eps:float=1e-8, momentum:float=0.,
+        weight_decay:float=0.):
+        super().__init__(params, lr=lr, alpha=alpha, eps=eps, momentum=momentum,
+            weight_decay=weight_decay)
+    def update(self, ps, gs, memory, o):
+        rmsprop_step(ps, gs, *memory, o['lr'], o['alpha'], o['eps'], o['momentum'],
+            o['weight_decay'])
 
 class Adam(Optimizer):
     "Running means of the gradient and its square"
     memory,decoupled = ('exp_avg','exp_avg_sq','step'),False
-    def __init__(self, params, lr=1e-3, betas:tuple=(.9,.999), eps:float=1e-8, weight_decay:float=0.):
+    def __init__(self, params, lr=1e-3, betas:tuple=(.9,.999), eps:float=1e-8,
+        weight_decay:float=0.):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    def update(self, ps, gs, memory, o): adam_step(ps, gs, *memory, o['lr'], o['betas'], o['eps'], o['weight_decay'], self.decoupled)
+    def update(self, ps, gs, memory, o):
+        adam_step(ps, gs, *memory, o['lr'], o['betas'], o['eps'], o['weight_decay'], self.decoupled)
 
 class AdamW(Adam):
     "Adam with decoupled weight decay"
     decoupled = True
-    def __init__(self, params, lr=1e-3, betas:tuple=(.9,.999), eps:float=1e-8, weight_decay:float=1e-2):
+    def __init__(self, params, lr=1e-3, betas:tuple=(.9,.999), eps:float=1e-8,
+        weight_decay:float=1e-2):
         super().__init__(params, lr, betas, eps, weight_decay)

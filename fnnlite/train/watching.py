@@ -12,14 +12,17 @@ from .callbacks import Callback
 
 # %% ../../nbs/train/169_watching.ipynb #25bfec22
 class GradStats(Callback):
-    "Keeps figures of every call of a training step: mean, standard deviation and zeros of what came out, norm of its gradient"
+    """Keeps figures of every call of a training step: mean, standard deviation and zeros of what
+    came out, norm of its gradient"""
     figures = 'mean','std','zeros','grad norm'
     def __init__(self,
         every:int=10, # look at one batch in so many
     ): self.every,self.stats,self.steps = every,{},0
 
     def before_fit(self):
-        if self.model._lean: raise ValueError("GradStats: retain(False) keeps no activations to look at: use retain()")
+        if self.model._lean:
+            raise ValueError("GradStats: retain(False) keeps no activations to look at: use "
+                "retain()")
         self.stats,self.steps = {},0
 
     def after_backward(self):
@@ -28,19 +31,24 @@ class GradStats(Callback):
             for call in self.model.calls():
                 o = floats(call.out)[0].detach().float()
                 g = floats(call.out)[0].g
-                row = o.mean(),o.std(correction=0),(o==0).float().mean(),o.new_zeros(()) if g is None else g.float().norm()
-                self.stats.setdefault(f"{call.n} {call}", []).append([self.steps,*torch.stack(row).tolist()])
+                norm = o.new_zeros(()) if g is None else g.float().norm()
+                row = o.mean(),o.std(correction=0),(o==0).float().mean(),norm
+                self.stats.setdefault(f"{call.n} {call}", []).append([self.steps,
+                    *torch.stack(row).tolist()])
         self.steps += 1
 
     def plot(self):
         "A picture of each of the figures over the steps, a line for each call, the first ones dark"
         import matplotlib.pyplot as plt
-        fig,axs = plt.subplots(1, len(self.figures), figsize=(3.4*len(self.figures), 3), layout='constrained')
+        fig,axs = plt.subplots(1, len(self.figures), figsize=(3.4*len(self.figures), 3),
+            layout='constrained')
         for i,(ax,name) in enumerate(zip(axs, self.figures)):
             for j,(call,rows) in enumerate(self.stats.items()):
                 steps,*columns = zip(*rows)
-                ax.plot(steps, columns[i], color=plt.cm.viridis(j/max(len(self.stats)-1, 1)), label=call)
+                ax.plot(steps, columns[i], color=plt.cm.viridis(j/max(len(self.stats)-1, 1)),
+                    label=call)
             ax.set(title=name, xlabel='step')
-            if name=='grad norm' and any(r[-1]>0 for rows in self.stats.values() for r in rows): ax.set_yscale('log')
+            if name=='grad norm' and any(r[-1]>0 for rows in self.stats.values() for r in rows):
+                ax.set_yscale('log')
         if len(self.stats)<=10: axs[-1].legend(fontsize=7)
         return fig
