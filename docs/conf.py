@@ -2,7 +2,6 @@
 import re
 from importlib import import_module
 from importlib.resources import files
-from pathlib import Path
 from docutils import nodes
 from sphinx.addnodes import desc
 from sphinx.transforms.post_transforms import SphinxPostTransform
@@ -22,8 +21,10 @@ html_copy_source = html_show_sphinx = html_show_copyright = False
 html_css_files = ['site.css']
 mathjax_path = 'tex-svg.js' # in one file, with its fonts
 nb_execution_mode = 'off'
+nb_code_prompt_show,nb_code_prompt_hide = 'Show the code','Hide the code'
 myst_enable_extensions = ['amsmath', 'colon_fence', 'dollarmath']
 myst_heading_anchors = 3
+smartquotes = False # '' is what it is
 add_module_names = False
 toc_object_entries_show_parents = 'hide'
 suppress_warnings = ['ref.python'] # a class in an annotation whose name two rooms have
@@ -37,7 +38,7 @@ class LinkNames(SphinxPostTransform):
         for full,o in self.env.domains.python_domain.objects.items():
             if o.objtype!='module': names.setdefault(full.split('.', 3)[-1], []).append((full,o))
         code = '\n'.join(c.astext() for c in self.document.findall(nodes.literal_block))
-        own = {*re.findall(r'(?m)^(?:def |class )?(\w+)(?:\(| =)', code)}
+        own = {name for names in re.findall(r'(?m)^(?:def |class )(\w+)|^(\w+) = ', code) for name in names}
         room = f"fnnlite.{home.replace('/', '.')}"
         imported = {n for line in re.findall(r'import (.*)', code) for n in re.findall(r'\w+', line)}
         if room in rooms: imported |= {*vars(import_module(room))}

@@ -268,10 +268,10 @@ params = {
   }
  },
  "fnnlite.nets.tables": {
-  "Module.table": {
+  "Model.table": {
    "*args, **kwargs": "what the model gets; without any, the table is of its last call"
   },
-  "Module.blame": {
+  "Model.blame": {
    "*args": "what the model gets",
    "against": "compare with a run in this dtype, without autocast",
    "tol": "how far off it may be, as a part of the largest number"
@@ -295,7 +295,7 @@ params = {
   }
  },
  "fnnlite.nets.drawings": {
-  "Module.draw": {
+  "Model.draw": {
    "*args": "what the model gets; without any, its last call is drawn. A Model may get its input alone",
    "depth": "draw modules to this depth; default: all that is in them",
    "returns": "its `save(path)` writes an SVG file"
@@ -327,7 +327,7 @@ params = {
   }
  },
  "fnnlite.nets.codes": {
-  "Module.as_code": {
+  "Model.as_code": {
    "*args, **kwargs": "what the model gets",
    "returns": "a program; its `step(w, inp, targ)` returns the loss, and the gradients by name"
   }
@@ -346,7 +346,7 @@ params = {
    "y_valid": "(M,) int64"
   },
   "load_mnist": {
-   "source": "`None`: the sample that comes with fnnlite; a path: see below; 'full': all of MNIST, downloaded once;"
+   "source": "`None`: the sample that comes with fnnlite; a path: see below; 'full': all of MNIST, downloaded once; 'local': all of it if it's here already, else the sample"
   },
   "ArrayDL": {
    "x": "inputs, (N,...)",

@@ -25,6 +25,11 @@ class Entry:
         first = min(n.lineno for n in [self.node, *getattr(self.node, 'decorator_list', [])])
         return '\n'.join(self.lines[first-1:self.node.end_lineno])
 
+    def beside(self, said):
+        "The comment on the line of a function's `def`, which rules have in place of a docstring"
+        line = self.node.lineno
+        return said.get(line, '') if self.is_function and line<self.node.body[0].lineno and not self._is_of_parameters(line) else ''
+
     def members(self):
         "The methods of a class"
         return [Entry(n, self.source, self.name+'.') for n in self.node.body if isinstance(n, ast.FunctionDef)] if self.is_class else []

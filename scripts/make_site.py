@@ -50,11 +50,12 @@ def prepared(nb, source, pages):
     for c in nb.cells:
         if c.cell_type=='markdown': cells.append(mk_cell(linked(c.source, home, pages), 'markdown'))
         if c.cell_type!='code': continue
-        marks = re.findall(r'(?m)^#\s*\|\s*(\w+)', c.source)
+        marks = re.findall(r'(?m)^#\s*\|\s*([\w-]+)', c.source)
         c.source = re.sub(r'(?m)^#\s*\|.*\n?', '', c.source).strip()
         if {'export','exports'} & {*marks}:
             ids = [f'<span id="{o}"></span>' for o in anchors(c.source) if o not in titles]
             if ids: cells.append(mk_cell(''.join(ids), 'markdown'))
+        if 'code-fold' in marks: c.metadata['tags'] = ['hide-input'] # the solution of an exercise
         if c.source and not {'export','hide','default_exp'} & {*marks}: cells.append(c)
     if source.name!='index.ipynb': cells[0].source += f'\n\n<a class="notebook" href="{source.name}" download>This page as a notebook</a>'
     return dict2nb(nb | {'cells':cells})
@@ -94,7 +95,8 @@ def reference(room, e, said, rules, depth=5):
     if 'classmethod' in e.marks: parts.append(':classmethod:')
     if 'staticmethod' in e.marks: parts.append(':staticmethod:')
     bases = [ast.unparse(b) for b in e.node.bases] if e.is_class else []
-    parts += ['', f'From {", ".join(f"`{b}`" for b in bases)}.\n' if bases else '', e.doc, '', *rules.get((room,e.name), ()), '', table(e.params(said))]
+    parts += ['', f'From {", ".join(f"`{b}`" for b in bases)}.\n' if bases else '', e.doc or plain(e.beside(said)), '',
+        *rules.get((room,e.name), ()), '', table(e.params(said))]
     if kind!='class' and '.' not in e.name or kind=='method': parts.append(errors(e))
     for m in e.members():
         if not (short := m.name.rpartition('.')[2]).startswith('_') and (m.doc or m.params(said) or short in ('forward','bwd')):

@@ -24,4 +24,4 @@ def test_comments_are_those_that_fastcore_finds():
         for name,params in entries.items():
             o = attrgetter(name)(import_module(room))
             theirs = {k:v for k,v in docments(getattr(o, '__func__', o), args_kwargs=True).items() if v}
-            assert set(theirs.values())<={*params.values()}, f"{room}.{name}"
+            assert {' '.join(v.split()) for v in theirs.values()}<={*params.values()}, f"{room}.{name}"

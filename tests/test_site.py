@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).parent.parent
-chromium = next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome'))), None)
+browsers = 'chromium','chromium-browser','google-chrome','/Applications/Google Chrome.app/Contents/MacOS/Google Chrome'
+chromium = next(filter(None, map(shutil.which, browsers)), None)
 missing = [n for n in ('sphinx','myst_nb','furo','sphinx_copybutton','mathjax') if not find_spec(n)]+['a chromium']*(not chromium)
 needed = pytest.mark.skipif(bool(missing) and os.environ.get('CI')!='true', reason=f"the site needs {', '.join(missing)}: pip install '.[docs]'")
 
@@ -21,6 +22,9 @@ def test_site(tmp_path):
     assert p.returncode==0, p.stdout+p.stderr
     site = tmp_path/'site'
     shutil.copytree(root/'_docs', site)
+    for f in site.rglob('*.html'):
+        shown = html.unescape(re.sub('<[^>]+>', '', f.read_text(encoding='utf-8')))
+        assert '#| export' not in shown and 'In [' not in shown, f
     assert sum(f.stat().st_size for f in site.rglob('*'))<30e6
     pages = sorted(f'/{f.relative_to(site)}' for f in site.rglob('*.html') if not f.name.startswith(('search','genindex','py-modindex')))
     (site/'phone.html').write_text((root/'tests'/'phone.html').read_text().replace('PAGES', str(pages)))
@@ -40,8 +44,7 @@ def test_site(tmp_path):
             assert any(entry in r for r in results), f"{word}: {results}"
         linears = seen('ops/linears.html')
         assert '<mjx-container' in linears and 'Math input error' not in linears and 'data-mjx-error' not in linears
-        code = html.unescape(re.sub('<[^>]+>', '', linears))
-        assert 'def lin_grad(out, inp, w, b=None):' in code and '#| export' not in code and 'In [' not in code
+        assert 'def lin_grad(out, inp, w, b=None):' in html.unescape(re.sub('<[^>]+>', '', linears))
         report = re.search('(?s)<pre>(.*?)</pre>', seen('phone.html', 600))[1]
         assert report.strip()==f'looked at {len(pages)}', report
     finally: server.shutdown(), server.server_close()
