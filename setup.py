@@ -20,6 +20,7 @@ setup(
     packages=find_packages(include=[cfg['lib_name']+'*']),
     package_data={cfg['lib_name']: ['mnist/*','texts/*']},
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split(), 'bench': cfg['bench_requirements'].split()},
+    extras_require={'dev': cfg['dev_requirements'].split(), 'bench': cfg['bench_requirements'].split(),
+                    'docs': cfg['docs_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]})

@@ -3,6 +3,22 @@
 __version__ = "0.1.0"
 
 from importlib import import_module
+from operator import attrgetter
+from types import ModuleType
+from . import _help, core, data, nets, ops, train
+
+class Folder(ModuleType):
+    "A folder of rooms. When Python puts a room on it, `help` gets the comments beside the parameters"
+    def __setattr__(self, name, room):
+        new = name not in vars(self)
+        super().__setattr__(name, room)
+        for o,params in _help.params.get(f'{self.__name__}.{name}', {}).items() if new else ():
+            o = attrgetter(o)(room)
+            o = getattr(o, '__func__', o) # of a class method
+            o.__doc__ = '\n'.join([o.__doc__ or '', '', *(f'{n}: {comment}' for n,comment in params.items())])
+
+for folder in core, data, nets, ops, train: folder.__class__ = Folder # before there is a room on it
+
 from . import functional
 from .core.record import GradError, const, wants
 from .core.module import Module

@@ -23,7 +23,7 @@ def test_long_lessons_run(): assert 'Success' in run(('test','nbdev_test'), '--n
 def exported(folder):
     "The package's files by name, without those that are written by hand."
     files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*.py')}
-    return {name:text for name,text in files.items() if name not in ('__init__.py','functional.py')}
+    return {name:text for name,text in files.items() if name not in ('__init__.py','functional.py','_help.py')}
 
 def test_package_is_what_the_notebooks_export(tmp_path):
     "A fresh export into an empty package gives the same files: nothing edited by hand, nothing left of a deleted notebook."

@@ -172,8 +172,9 @@ def _download():
 
 # %% ../../nbs/data/150_digits.ipynb #b4c63dd1
 def load_mnist(
-    source=None, # `None`: the sample that comes with fnnlite; a path: see below; 'full': all of MNIST, downloaded once;
-    # 'local': all of it if it's here already, else the sample
+    # `None`: the sample that comes with fnnlite; a path: see below; 'full': all of MNIST,
+    # downloaded once; 'local': all of it if it's here already, else the sample
+    source=None,
 )->Mnist:
     "The training and validation digits; `DataError` if `source` holds none"
     if source=='local': source = 'full' if os.environ.get('FNNLITE_DATA') or not _missing(_cache()) else None
