@@ -531,16 +531,17 @@ params = {
    "most": "graphs, after which it gives up",
    "model": "a `Model`, or any module whose output is a loss",
    "opt": "of `fnnlite.train.optimizers`",
-   "keep": "names of modules and parameters in `model`, whose gradients are put in `step.g` (of a module: its last output's)",
+   "keep": "names of modules and parameters whose gradients are put in `step.g`",
    "compiler": "machine code, or the graph's operations one by one?",
    "before, after, max_norm": "see `compile_step`"
   },
   "compile_step": {
    "model": "a `Model`, or any module whose output is a loss",
    "opt": "of `fnnlite.train.optimizers`",
-   "keep": "names of modules and parameters in `model`, whose gradients each step leaves in `step.g` (a module's: of its output)",
-   "compiler": "make machine code of it? Or call its operations one by one: at once, but a small net's steps take longer",
-   "before, after": "functions of each call in the walk back (see `walk`). What they do to tensors is part of the graph, what else they do isn't",
+   "keep": "modules and parameters, by name, whose gradients (a module's: its output's) `step.g` has",
+   "compiler": "machine code? Or its operations one by one: at once, but slower steps",
+   "before": "a function of each call in the walk back (see `walk`); what it does to tensors",
+   "after": "and another one; what they do besides isn't part of the graph",
    "max_norm": "scale all gradients down together where their norm exceeds that"
   }
  },
@@ -581,7 +582,7 @@ params = {
    "opt": "an optimizer over the model's parameters, or a function of them that makes one",
    "metrics": "functions of (pred, targ), or objects like torchmetrics'",
    "cbs": "callbacks",
-   "compiled": "run each training step as one graph (see `compile_step`; 'graph': without a compiler)? Callbacks can't look into it then",
+   "compiled": "each step one graph (see `compile_step`; 'graph': no compiler)?",
    "before, after": "functions of each call in the walk back (see `walk`)"
   },
   "Learner.fit": {
