@@ -258,7 +258,7 @@ params = {
   "summary": {
    "module": "any module",
    "*inps": "its input",
-   "depth": "the modules to this depth, equal ones in a row as one; default: each layer"
+   "depth": "modules to this depth, equal ones in a row as one; default: each layer"
   }
  },
  "fnnlite.nets.containers": {
@@ -296,7 +296,7 @@ params = {
  },
  "fnnlite.nets.drawings": {
   "Model.draw": {
-   "*args": "what the model gets; without any, its last call is drawn. A Model may get its input alone",
+   "*args": "what the model gets, or its input alone; without any, its last call is drawn",
    "depth": "draw modules to this depth; default: all that is in them",
    "returns": "its `save(path)` writes an SVG file"
   }

@@ -26,7 +26,8 @@ def evaluating(module):
 
 @contextmanager
 def as_before(module):
-    "Afterwards the buffers of `module`, torch's random numbers and the record of the last call are what they were"
+    """Afterwards the buffers of `module`, torch's random numbers and the record of the last call
+    are what they were"""
     modules = list(module.modules())
     buffers,last = [m._buffers.copy() for m in modules],[vars(m).get('_use') for m in modules]
     copies = {b:b.clone() for own in buffers for b in own.values() if b is not None}
@@ -46,37 +47,43 @@ class Text(str):
 def in_columns(head, rows, numbers=(), foot='')->str:
     "A table as text; the columns in `numbers` are aligned on the right"
     widths = [max(len(r[i]) for r in [head,*rows]) for i in range(len(head))]
-    def line(r): return '  '.join([c.rjust(w) if i in numbers else c.ljust(w) for i,(c,w) in enumerate(zip(r, widths))]).rstrip()
+    def line(r):
+        return '  '.join([c.rjust(w) if i in numbers else c.ljust(w)
+            for i,(c,w) in enumerate(zip(r, widths))]).rstrip()
     rule = '-'*len(line(head))
     return '\n'.join([line(head), rule, *map(line, rows), *([rule,foot] if foot else [])])
 
 def named_inputs(args, kwargs)->dict:
     "The tensors that came in, by the names that they get"
     ts = tensors((args,kwargs), openly=False)
-    names = ['inp','targ'] if len(ts)==len(args)==2 else ['inp'] if len(ts)==1 else [f"inp{i+1}" for i in range(len(ts))]
-    return dict(zip(names, ts))
+    if len(ts)==len(args)==2: return dict(zip(('inp','targ'), ts))
+    if len(ts)==1: return {'inp':ts[0]}
+    return {f"inp{i+1}":t for i,t in enumerate(ts)}
 
 def levels(module)->dict:
     "How deep each module sits in `module`; a list of modules is no level of its own"
-    found,lists = {},{n for n,m in module.named_modules() if isinstance(m, (nn.ModuleList,nn.ModuleDict))}
+    found,kinds = {},(nn.ModuleList,nn.ModuleDict)
+    lists = {n for n,m in module.named_modules() if isinstance(m, kinds)}
     for name,m in module.named_modules():
         parts = name.split('.') if name else []
         found[m] = sum('.'.join(parts[:i+1]) not in lists for i in range(len(parts)))
     return found
 
 def folded(rows, same, add)->list:
-    "`rows` with those in a row of which `same` says the same as one, added up by `add`: each with their number"
+    """`rows` with those in a row of which `same` says the same as one, added up by `add`: each
+    with their number"""
     groups = [list(g) for _,g in groupby(rows, same)]
     return [(add(g),len(g)) for g in groups]
 
 def summary(
     module, # any module
     *inps, # its input
-    depth:int|None=None, # the modules to this depth, equal ones in a row as one; default: each layer
+    depth:int|None=None, # modules to this depth, equal ones in a row as one; default: each layer
 )->str:
     "A table of the calls inside `module(*inps)`: layer, output shape, parameters, multiply-adds"
     from torch.utils.flop_counter import FlopCounterMode
-    rows,seen,handles,names,deep = [],set(),[],{m:n for n,m in module.named_modules()},levels(module)
+    rows,seen,handles,deep = [],set(),[],levels(module)
+    names = {m:n for n,m in module.named_modules()}
     params = lambda m: [p for p in m.parameters() if not (p in seen or seen.add(p))]
     def is_row(m):
         is_layer = getattr(m, 'has_bwd', not list(m.children()))
@@ -84,7 +91,8 @@ def summary(
     def before(m, args): m.flops_before = counter.get_total_flops()
     def after(m, args, out):
         n,macs = sum(p.numel() for p in params(m)),(counter.get_total_flops()-m.flops_before)//2
-        rows.append((names[m], type(m).__name__, ' '.join(str(tuple(o.shape)) for o in floats(out)), n, macs))
+        rows.append((names[m], type(m).__name__,
+            ' '.join(str(tuple(o.shape)) for o in floats(out)), n, macs))
         del m.flops_before
     for m in filter(is_row, module.modules()):
         handles += [m.register_forward_pre_hook(before), m.register_forward_hook(after)]
@@ -92,10 +100,14 @@ def summary(
         with evaluating(module), FlopCounterMode(display=False) as counter: module(*inps)
     finally:
         for h in handles: h.remove()
-    total,frozen = sum(p.numel() for p in module.parameters()),sum(p.numel() for p in module.parameters() if not wants(p))
+    total = sum(p.numel() for p in module.parameters())
+    frozen = sum(p.numel() for p in module.parameters() if not wants(p))
     add = lambda g: (g[0][0],*g[0][1:3],sum(r[3] for r in g),sum(r[4] for r in g))
     same = lambda r: (re.sub(r'\d+', '#', r[0]),*r[1:3],r[4])
     kept = folded(rows, same, add) if depth is not None else [(r,1) for r in rows]
-    body = [(n+f" × {times}"*(times>1),layer,s,f'{p:,}',f'{macs:,}') for (n,layer,s,p,macs),times in kept]
-    foot = f"{total:,} parameters, {frozen:,} of them frozen; {sum(r[4] for r in rows):,} multiply-adds"
-    return in_columns(('','Layer','Output shape','Parameters','Multiply-adds'), body, numbers=(3,4), foot=foot)
+    body = [(n+f" × {times}"*(times>1),layer,s,f'{p:,}',f'{macs:,}')
+        for (n,layer,s,p,macs),times in kept]
+    macs = sum(r[4] for r in rows)
+    foot = f"{total:,} parameters, {frozen:,} of them frozen; {macs:,} multiply-adds"
+    return in_columns(('','Layer','Output shape','Parameters','Multiply-adds'), body,
+        numbers=(3,4), foot=foot)
