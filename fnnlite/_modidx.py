@@ -1291,6 +1291,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fnnlite.ops.routes': { 'fnnlite.ops.routes.amd_family': ('ops/routes.html#amd_family', 'fnnlite/ops/routes.py'),
                                     'fnnlite.ops.routes.cell_sizes': ('ops/routes.html#cell_sizes', 'fnnlite/ops/routes.py'),
                                     'fnnlite.ops.routes.like_lstm_cell': ('ops/routes.html#like_lstm_cell', 'fnnlite/ops/routes.py'),
+                                    'fnnlite.ops.routes.like_product': ('ops/routes.html#like_product', 'fnnlite/ops/routes.py'),
                                     'fnnlite.ops.routes.lstm_cell_forward': ('ops/routes.html#lstm_cell_forward', 'fnnlite/ops/routes.py'),
                                     'fnnlite.ops.routes.lstm_cell_kernel': ('ops/routes.html#lstm_cell_kernel', 'fnnlite/ops/routes.py'),
                                     'fnnlite.ops.routes.onednn_fits': ('ops/routes.html#onednn_fits', 'fnnlite/ops/routes.py'),
