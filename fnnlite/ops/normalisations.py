@@ -24,7 +24,7 @@ aten = torch.ops.aten
 def full(t): return t.float() if t.dtype.itemsize==2 else t # squares overflow in half precision
 
 def normalised(inp, dims, eps):
-    "`inp` with mean 0 and variance 1 over `dims`, and what it was multiplied with"
+    "`inp` with mean 0 and variance 1 over `dims`, and the factor that scaled it"
     var,mean = torch.var_mean(full(inp), dims, correction=0, keepdim=True)
     r = (var+eps).rsqrt()
     return (inp-mean)*r,r
@@ -175,8 +175,9 @@ class LayerNorm(Module):
 
     def forward(self, inp):
         shape = self.w.shape
-        if check_inp(self, inp, self.w).shape[-len(shape):]!=shape: raise ValueError(f"{self}: inp has "
-            f"shape {tuple(inp.shape)}, expected (...,{','.join(map(str, shape))})")
+        if check_inp(self, inp, self.w).shape[-len(shape):]!=shape:
+            want = ','.join(map(str, shape))
+            raise ValueError(f"{self}: inp has shape {tuple(inp.shape)}, expected (...,{want})")
         return layer_norm_forward(inp, shape, self.w, self.b, self.eps)
 
     saves = 'inp means rs'
@@ -185,8 +186,9 @@ class LayerNorm(Module):
 
 # %% ../../nbs/ops/132_normalisations.ipynb #bf3acf3a
 class BatchNorm(Module):
-    """Each channel of (n,nf,...) to mean 0 and variance 1 over the batch, times `w`, plus `b`; in evaluation by running means.
-    Ioffe and Szegedy 2015"""
+    """Each channel of (n,nf,...) to mean 0 and variance 1 over the batch, times `w`, plus `b`
+
+    In evaluation, by the running mean and variance. Ioffe and Szegedy 2015"""
     def __init__(self,
         nf:int, # channels
         eps:float=1e-5, # added to the variance
@@ -195,12 +197,16 @@ class BatchNorm(Module):
         dtype=None, # default: `torch.get_default_dtype()`
     ):
         new = dict(device=device, dtype=dtype)
-        self.w,self.b,self.eps,self.momentum = torch.ones(nf, **new),torch.zeros(nf, **new),eps,momentum
+        self.w,self.b = torch.ones(nf, **new),torch.zeros(nf, **new)
+        self.eps,self.momentum = eps,momentum
         self.register_buffer('running_mean', torch.zeros(nf, **new))
         self.register_buffer('running_var', torch.ones(nf, **new))
 
     def how(self, inp):
-        return inp,self.running_mean,self.running_var,self.w,self.b,self.training,self.momentum,self.eps
+        "The arguments of torch's function"
+        running = self.running_mean,self.running_var
+        return inp,*running,self.w,self.b,self.training,self.momentum,self.eps
+
     def forward(self, inp):
         nf = len(self.w)
         if check_inp(self, inp, self.w).ndim<2 or inp.shape[1]!=nf:
