@@ -584,6 +584,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fnnlite.nets.tables.Model.blame': ('nets/tables.html#model.blame', 'fnnlite/nets/tables.py'),
                                      'fnnlite.nets.tables.Model.table': ('nets/tables.html#model.table', 'fnnlite/nets/tables.py'),
                                      'fnnlite.nets.tables.as_table': ('nets/tables.html#as_table', 'fnnlite/nets/tables.py'),
+                                     'fnnlite.nets.tables.came_into': ('nets/tables.html#came_into', 'fnnlite/nets/tables.py'),
                                      'fnnlite.nets.tables.extent': ('nets/tables.html#extent', 'fnnlite/nets/tables.py'),
                                      'fnnlite.nets.tables.followed': ('nets/tables.html#followed', 'fnnlite/nets/tables.py'),
                                      'fnnlite.nets.tables.gradients': ('nets/tables.html#gradients', 'fnnlite/nets/tables.py'),
