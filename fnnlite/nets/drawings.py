@@ -22,13 +22,13 @@ class Node:
     def __init__(self, label, calls, inside=()):
         self.label,self.calls,self.inside,self.times = label,calls,inside,1
         parts = [o.kind for o in inside] or [(c.name,shapes(c)) for c in calls]
-        self.kind = self.label.rpartition(':')[2],parts # what it has in common with its like
+        self.kind = self.label.rpartition(':')[2],parts # the same in equal boxes
     def nodes(self): return [n for o in self.inside for n in o.nodes()] if self.inside else [self]
 
 def shapes(call): return ' '.join(str(tuple(o.shape)) for o in call.made() or call.outs)
 
 def ways(module)->dict:
-    "For each module in `module` the names of those around it and its own; a list of modules is none"
+    "The names of the modules around each one in `module`, and its own, without lists of modules"
     named = dict(module.named_modules())
     def way(name):
         parts = name.split('.') if name else []
@@ -49,7 +49,8 @@ def boxes(calls, way, named, depth, level=0, around='')->list:
             continue
         is_open = len(group)>1 and (depth is None or level+1<depth)
         inside = folded(boxes(group, way, named, depth, level+1, name+'.')) if is_open else []
-        found.append(Node(f"{name.removeprefix(around)}: {type(named[name]).__name__}", group, inside))
+        label = f"{name.removeprefix(around)}: {type(named[name]).__name__}"
+        found.append(Node(label, group, inside))
     return found
 
 def folded(nodes)->list:
@@ -78,8 +79,9 @@ def edges(nodes, inps)->list:
     pairs = set()
     for i,n in enumerate(nodes):
         for c in n.calls:
+            came_in = tensors((c.args,c.kwargs))
             pairs.update((made[s[0]],i) for s in c.sources if type(s) is tuple and s[0] in made)
-            pairs.update((j,i) for j,t in enumerate(inps) if any(o is t for o in tensors((c.args,c.kwargs))))
+            pairs.update((j,i) for j,t in enumerate(inps) if any(o is t for o in came_in))
     return sorted((a,b) for a,b in pairs if a<b)
 
 def lanes(pairs)->dict:
@@ -103,10 +105,12 @@ class Canvas:
         for n in nodes: self.put(n, 0)
 
     def height(self, node): return 1+max(map(self.height, node.inside)) if node.inside else 0
-    def text(self, x, y, s, size=12, more=''): self.parts.append(f'<text x="{x:g}" y="{y:g}" font-size="{size}" {more}>{escape(s)}</text>')
-    def rect(self, x, y, w, h, opacity): self.parts.append(
-        f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="4" fill="currentColor" fill-opacity="{opacity}" '
-        'stroke="currentColor" stroke-opacity=".5"/>')
+    def text(self, x, y, s, size=12, more=''):
+        self.parts.append(f'<text x="{x:g}" y="{y:g}" font-size="{size}" {more}>{escape(s)}</text>')
+    def rect(self, x, y, w, h, opacity):
+        self.parts.append(f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="4" '
+            f'fill="currentColor" fill-opacity="{opacity}" '
+            'stroke="currentColor" stroke-opacity=".5"/>')
 
     def put(self, node, level):
         label = node.label+f" × {node.times}"*(node.times>1)
@@ -131,24 +135,28 @@ class Canvas:
             top,bottom = self.tops[a]+row,self.tops[b]
             if b==a+1: d = f'M{self.left+20:g},{top:g} V{bottom:g}'
             else:
-                x = start+10*lane[a,b]
-                d = f'M{self.right:g},{top-row/2:g} C{x:g},{top-row/2:g} {x:g},{top:g} {x:g},{top+8:g} V{bottom-4:g} ' \
-                    f'C{x:g},{bottom+row/2:g} {x:g},{bottom+row/2:g} {self.right:g},{bottom+row/2:g}'
-            self.parts.append(f'<path d="{d}" fill="none" stroke="currentColor" stroke-opacity=".6" marker-end="url(#arrow)"/>')
+                x,y0,y1 = start+10*lane[a,b],top-row/2,bottom+row/2
+                d = (f'M{self.right:g},{y0:g} C{x:g},{y0:g} {x:g},{top:g} {x:g},{top+8:g} '
+                    f'V{bottom-4:g} C{x:g},{y1:g} {x:g},{y1:g} {self.right:g},{y1:g}')
+            self.parts.append(f'<path d="{d}" fill="none" stroke="currentColor" '
+                'stroke-opacity=".6" marker-end="url(#arrow)"/>')
         return start+10*(max(lane.values(), default=-1)+1)+pad
 
-    def svg(self, width): return Drawing(
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{self.y:g}" viewBox="0 0 {width:g} {self.y:g}" '
-        'font-family="monospace" fill="currentColor"><defs><marker id="arrow" viewBox="0 0 6 6" refX="6" refY="3" '
-        'markerWidth="6" markerHeight="6" orient="auto"><path d="M0,0 L6,3 L0,6 z"/></marker></defs>'+''.join(self.parts)+'</svg>')
+    def svg(self, width):
+        size = f'width="{width:g}" height="{self.y:g}" viewBox="0 0 {width:g} {self.y:g}"'
+        return Drawing(f'<svg xmlns="http://www.w3.org/2000/svg" {size} '
+            'font-family="monospace" fill="currentColor">'
+            '<defs><marker id="arrow" viewBox="0 0 6 6" refX="6" refY="3" '
+            'markerWidth="6" markerHeight="6" orient="auto"><path d="M0,0 L6,3 L0,6 z"/>'
+            '</marker></defs>'+''.join(self.parts)+'</svg>')
 
 @patch
 def draw(self:Model,
-    *args, # what the model gets; without any, its last call is drawn. A Model may get its input alone
+    *args, # what the model gets, or the input alone; without any, its last call is drawn
     depth:int|None=None, # draw modules to this depth; default: all that is in them
     **kwargs,
 )->Drawing: # its `save(path)` writes an SVG file
-    "The calls as a graph: modules as boxes, shapes at the arrows and, where there is a loss, the norm of each gradient"
+    "The calls as a graph: modules as boxes, shapes and, if there is a loss, norms of gradients"
     net = self.layers if self.loss is not None and len(args)==1 else self
     if args or kwargs:
         with as_before(net):
@@ -164,6 +172,8 @@ def draw(self:Model,
         found = [gs.get((call.n,i)) if gs else o.g for i,o in enumerate(call.outs)]
         return shapes(call)+''.join(f"  |g| {g.norm():.3g}" for g in found[:1] if g is not None)
     root = calls[0].root if calls and calls[0].root is not None else net
-    nodes = [Node(n, []) for n in inps]+folded(boxes(calls, ways(root), dict(root.named_modules()), depth))
+    of_calls = boxes(calls, ways(root), dict(root.named_modules()), depth)
+    nodes = [Node(n, []) for n in inps]+folded(of_calls)
     canvas = Canvas(nodes, note)
-    return canvas.svg(canvas.connect(edges([n for o in nodes for n in o.nodes()], list(inps.values()))))
+    pairs = edges([n for o in nodes for n in o.nodes()], list(inps.values()))
+    return canvas.svg(canvas.connect(pairs))
