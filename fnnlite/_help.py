@@ -140,6 +140,9 @@ params = {
  "fnnlite.ops.routes": {
   "amd_family": {
    "info": "what Linux says of the processor"
+  },
+  "onednn_is_faster": {
+   "by_columns": "does the left side lie in memory by columns?"
   }
  },
  "fnnlite.ops.inits": {
@@ -264,7 +267,7 @@ params = {
  "fnnlite.nets.containers": {
   "Model": {
    "layers": "a list of modules, or one module, of torch's or one's own",
-   "loss": "a module or function of the layers' output and the target; None: the layers make their own"
+   "loss": "a module or function of output and target; None: the layers return the loss"
   }
  },
  "fnnlite.nets.tables": {
@@ -296,7 +299,7 @@ params = {
  },
  "fnnlite.nets.drawings": {
   "Model.draw": {
-   "*args": "what the model gets, or its input alone; without any, its last call is drawn",
+   "*args": "what the model gets, or the input alone; without any, its last call is drawn",
    "depth": "draw modules to this depth; default: all that is in them",
    "returns": "its `save(path)` writes an SVG file"
   }
@@ -346,7 +349,7 @@ params = {
    "y_valid": "(M,) int64"
   },
   "load_mnist": {
-   "source": "`None`: the sample that comes with fnnlite; a path: see below; 'full': all of MNIST, downloaded once; 'local': all of it if it's here already, else the sample"
+   "source": "a path, 'full' or 'local'; default: the sample that comes with fnnlite"
   },
   "ArrayDL": {
    "x": "inputs, (N,...)",

@@ -13,7 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 from fastcore.xdg import xdg_cache_home
-from .files import Bounded, DataError, check, gunzip, one_line, open_data, read_idx, read_npz, read_pickle
+from .files import Bounded, DataError, check, gunzip, one_line
+from .files import open_data, read_idx, read_npz, read_pickle
 
 # %% ../../nbs/data/150_digits.ipynb #e436a02d
 _all_ = ['DataError']
@@ -37,26 +38,32 @@ class Mnist(NamedTuple):
     def normalize(self):
         "A copy with training mean 0 and standard deviation 1"
         m,s = self.stats()
-        return self._replace(x_train=normalize(self.x_train, m, s), x_valid=normalize(self.x_valid, m, s))
+        x_train,x_valid = normalize(self.x_train, m, s),normalize(self.x_valid, m, s)
+        return self._replace(x_train=x_train, x_valid=x_valid)
 
 # %% ../../nbs/data/150_digits.ipynb #936dc6aa
 def _xy(x, y, x_name, y_name):
     "Tensors of the images `x` (N,28,28) or (N,784) and the labels `y` (N,)"
-    check(x.shape[1:] in ((28,28),(784,)) and len(x), x_name, f'shape {x.shape}', '(N,28,28) or (N,784), N>0')
-    check(y.ndim==1 and y.dtype.kind in 'iu', y_name, f'{y.dtype} of shape {y.shape}', 'integers of shape (N,)')
+    want = '(N,28,28) or (N,784), N>0'
+    check(x.shape[1:] in ((28,28),(784,)) and len(x), x_name, f'shape {x.shape}', want)
+    got = f'{y.dtype} of shape {y.shape}'
+    check(y.ndim==1 and y.dtype.kind in 'iu', y_name, got, 'integers of shape (N,)')
     check(len(x)==len(y), y_name, f'{len(y)} labels', f'{len(x)}, one for each image in {x_name}')
     check(0<=y.min() and y.max()<=9, y_name, f'labels {y.min()} to {y.max()}', '0 to 9')
-    check(x.dtype.name in ('uint8','float32','float64'), x_name, f'pixels of {x.dtype}', 'uint8, float32 or float64')
-    is_byte = x.dtype==np.uint8
-    check(is_byte or (x.min()>=0 and x.max()<=1), x_name, f'pixels {x.min()} to {x.max()}', 'floats in [0,1]')
+    types = 'uint8','float32','float64'
+    check(x.dtype.name in types, x_name, f'pixels of {x.dtype}', 'uint8, float32 or float64')
+    is_byte,lo,hi = x.dtype==np.uint8,x.min(),x.max()
+    check(is_byte or 0<=lo and hi<=1, x_name, f'pixels {lo} to {hi}', 'floats in [0,1]')
     x = torch.from_numpy(x.astype(np.float32).reshape(-1, 784))
     return x.div_(255) if is_byte else x, torch.from_numpy(y.astype(np.int64))
 
 def _mnist(arrays, names):
-    "`Mnist` of training images and labels, validation images and labels; their names are for errors"
-    for o,name in zip(arrays, names): check(isinstance(o, np.ndarray) and o.ndim, name, type(o).__name__, 'an array')
+    "`Mnist` of training and validation images and labels; the names are for errors"
+    for o,name in zip(arrays, names):
+        check(isinstance(o, np.ndarray) and o.ndim, name, type(o).__name__, 'an array')
     n = len(arrays[0])+len(arrays[2])
-    check(n<=70_000, names[0], f'{n:,} images with those of {names[2]}', 'at most 70,000, as many as MNIST has')
+    got = f'{n:,} images with those of {names[2]}'
+    check(n<=70_000, names[0], got, 'at most 70,000, as many as MNIST has')
     return Mnist(*_xy(*arrays[:2], *names[:2]), *_xy(*arrays[2:], *names[2:]))
 
 # %% ../../nbs/data/150_digits.ipynb #a28c0d0f
@@ -66,7 +73,8 @@ def _from_idx(path):
     for part in 'train','t10k':
         for kind,ndim in ('images',3),('labels',1):
             name = f'{part}-{kind}-idx{ndim}-ubyte'
-            found = [p for o in (name, name.replace('-idx','.idx')) for p in (path/o, path/f'{o}.gz') if p.is_file()]
+            spellings = name,name.replace('-idx','.idx')
+            found = [p for o in spellings for p in (path/o, path/f'{o}.gz') if p.is_file()]
             check(found, path, f'no {name}[.gz]', 'a folder with the four IDX files of MNIST')
             want = f'an IDX file of {ndim}-dimensional bytes, plain or gzipped'
             with open_data(found[0], want) as f: arrays.append(read_idx(f, found[0], ndim, want))
@@ -76,7 +84,8 @@ def _from_idx(path):
 def _from_npz(path):
     "MNIST from an npz file as Keras has it"
     keys = 'x_train','y_train','x_test','y_test'
-    with open_data(path, f"an npz file with {', '.join(keys)}") as f: arrays = read_npz(f, path, keys)
+    with open_data(path, f"an npz file with {', '.join(keys)}") as f:
+        arrays = read_npz(f, path, keys)
     return _mnist(arrays, [f'{path}[{k}]' for k in keys])
 
 def _from_pickle(path):
@@ -84,12 +93,14 @@ def _from_pickle(path):
     with open_data(path, 'a pickle of ((x_train,y_train),(x_valid,y_valid),...)') as f:
         parts = read_pickle(f)
         is_parts = lambda o: isinstance(o, (tuple,list)) and len(o)>=2
-        if not (is_parts(parts) and all(map(is_parts, parts[:2]))): raise ValueError('it holds something else')
+        if not (is_parts(parts) and all(map(is_parts, parts[:2]))):
+            raise ValueError('it holds something else')
         arrays = [getattr(o, 'a', o) for part in parts[:2] for o in part[:2]]
     return _mnist(arrays, [f'{path}[{i}][{j}]' for i in (0,1) for j in (0,1)])
 
 # %% ../../nbs/data/150_digits.ipynb #df847714
-MIRRORS = ['https://ossci-datasets.s3.amazonaws.com/mnist/', 'https://storage.googleapis.com/cvdf-datasets/mnist/']
+MIRRORS = ['https://ossci-datasets.s3.amazonaws.com/mnist/',
+    'https://storage.googleapis.com/cvdf-datasets/mnist/']
 MNIST_FILES = { # sha256 of the uncompressed bytes
     'train-images-idx3-ubyte': 'ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db',
     'train-labels-idx1-ubyte': '65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5',
@@ -114,12 +125,15 @@ class _Watched:
 
 @contextmanager
 def _answer(url, timeout, most):
-    "The answer of an http server, which hangs up after `most` seconds; ftp and the like, to which it may redirect, have no handler here"
+    "The answer of an http server, for `most` seconds at most"
     from urllib import request as u
     socks,end = [],time.monotonic()+most
     opener = u.OpenerDirector()
-    for o in (type('Http', (_Watched,u.HTTPHandler), {})(socks, end), type('Https', (_Watched,u.HTTPSHandler), {})(socks, end),
-              u.ProxyHandler(), u.HTTPDefaultErrorHandler(), u.HTTPRedirectHandler(), u.HTTPErrorProcessor(), u.UnknownHandler()): opener.add_handler(o)
+    for o in (u.HTTPHandler,u.HTTPSHandler):
+        opener.add_handler(type(o.__name__, (_Watched,o), {})(socks, end))
+    # no handler for ftp and the like, to which a server may redirect
+    for o in (u.ProxyHandler,u.HTTPDefaultErrorHandler,u.HTTPRedirectHandler,
+        u.HTTPErrorProcessor,u.UnknownHandler): opener.add_handler(o())
     def hang_up():
         for o in socks:
             with suppress(OSError): o.shutdown(socket.SHUT_RDWR)
@@ -136,25 +150,32 @@ class _Pieces:
     "The answer `r`, read as it comes, so that progress shows"
     def __init__(self, r): self.read = r.read1
 
-def _fetch(name, timeout=30, most=600): # seconds without a sign of life; seconds for one mirror in all
+def _fetch(name,
+    timeout=30, # seconds without a sign of life
+    most=600, # seconds for one mirror in all
+):
     "The checked, uncompressed bytes of `name`, from the first mirror that has them"
     from tqdm.auto import tqdm
     answers = []
     for mirror in MIRRORS:
         url = f'{mirror}{name}.gz'
         try:
-            with (_answer(url, timeout, most) as r,
-                  tqdm.wrapattr(_Pieces(r), 'read', total=int(r.headers.get('Content-Length', 0)) or None, desc=name) as f):
-                data = gunzip(Bounded(f, 2**26)).read(2**26) # the largest true file is 47 MB
+            with _answer(url, timeout, most) as r:
+                total = int(r.headers.get('Content-Length', 0)) or None
+                with tqdm.wrapattr(_Pieces(r), 'read', total=total, desc=name) as f:
+                    data = gunzip(Bounded(f, 2**26)).read(2**26) # the largest true file is 47 MB
             if (sha := _sha(data))==MNIST_FILES[name]: return data
             answers.append(f'{url}: sha256 {sha}')
-        except Exception as e: answers.append(f'{url}: {type(e).__name__}: {e}') # noqa: BLE001 whatever it is, the next may do
-    raise DataError('; '.join([f'{name}: no mirror gave it', *(one_line(o, 220) for o in answers), f'expected sha256 {MNIST_FILES[name]}']))
+        except Exception as e: # whatever it is, the next mirror may do
+            answers.append(f'{url}: {type(e).__name__}: {e}')
+    said = '; '.join(one_line(o, 220) for o in answers)
+    raise DataError(f'{name}: no mirror gave it; {said}; expected sha256 {MNIST_FILES[name]}')
 
 def _cache(): return xdg_cache_home()/'fnnlite'
 def _missing(cache):
     "The names of the files that the cache folder doesn't have whole"
-    def has(path, sha): return path.is_file() and path.stat().st_size<2**26 and _sha(path.read_bytes())==sha
+    def has(path, sha):
+        return path.is_file() and path.stat().st_size<2**26 and _sha(path.read_bytes())==sha
     return [name for name,sha in MNIST_FILES.items() if not has(cache/name, sha)]
 
 def _download():
@@ -172,12 +193,15 @@ def _download():
 
 # %% ../../nbs/data/150_digits.ipynb #b4c63dd1
 def load_mnist(
-    # `None`: the sample that comes with fnnlite; a path: see below; 'full': all of MNIST,
-    # downloaded once; 'local': all of it if it's here already, else the sample
-    source=None,
+    source=None, # a path, 'full' or 'local'; default: the sample that comes with fnnlite
 )->Mnist:
-    "The training and validation digits; `DataError` if `source` holds none"
-    if source=='local': source = 'full' if os.environ.get('FNNLITE_DATA') or not _missing(_cache()) else None
+    """The training and validation digits; `DataError` if `source` holds none
+
+    A path is that of a folder of IDX files, an npz or a pickle. 'full' is all of MNIST,
+    downloaded once. 'local' is all of it if it's here already, else the sample."""
+    if source=='local':
+        is_here = os.environ.get('FNNLITE_DATA') or not _missing(_cache())
+        source = 'full' if is_here else None
     if source is None: return _from_npz(files('fnnlite')/'mnist'/'sample.npz')
     if source=='full': source = os.environ.get('FNNLITE_DATA') or _download()
     path = Path(source).expanduser()
@@ -185,12 +209,13 @@ def load_mnist(
     want = 'a folder of IDX files, an npz or a pickle'
     with open_data(path, want) as f: magic = f.read(2)
     if magic==b'PK': return _from_npz(path)
-    check(magic[:1] in (b'\x80', b'('), path, f"contents that start with the bytes '{magic.hex()}'", want) # pickle protocols 2 up, 0 and 1
+    got = f"contents that start with the bytes '{magic.hex()}'"
+    check(magic[:1] in (b'\x80', b'('), path, got, want) # pickle protocols 2 up, 0 and 1
     return _from_pickle(path)
 
 # %% ../../nbs/data/150_digits.ipynb #41aa8be1
 class SeededDL:
-    "What draws by its seed and the count of its epochs alone, so that a run goes on from a checkpoint as if it hadn't stopped"
+    "Draws by `seed` and `epoch` alone, so a run goes on from a checkpoint as if it hadn't stopped"
     def drawing(self):
         "The generator of epoch `self.epoch`"
         seed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]
@@ -217,9 +242,13 @@ class ArrayDL(SeededDL):
         device = device or torch.get_default_device()
         if len(x)!=len(y): raise ValueError(f'y has {len(y)} rows; expected {len(x)}, as many as x')
         if not len(x): raise ValueError('x has no rows; expected at least one')
-        if not isinstance(bs, int) or bs<1: raise ValueError(f'bs is {bs!r}; expected an integer of at least 1')
-        if drop_last and len(x)<bs: raise ValueError(f'bs is {bs}; expected at most {len(x)}, the rows of x, with drop_last')
-        if not isinstance(seed, int) or seed<0: raise ValueError(f'seed is {seed!r}; expected an integer of at least 0')
+        if not isinstance(bs, int) or bs<1:
+            raise ValueError(f'bs is {bs!r}; expected an integer of at least 1')
+        if drop_last and len(x)<bs:
+            raise ValueError(f'bs is {bs}; expected at most {len(x)}, the rows of x, '
+                'with drop_last')
+        if not isinstance(seed, int) or seed<0:
+            raise ValueError(f'seed is {seed!r}; expected an integer of at least 0')
         self.x,self.y = torch.as_tensor(x, device=device),torch.as_tensor(y, device=device)
         self.bs,self.shuffle,self.seed,self.drop_last,self.epoch = bs,shuffle,seed,drop_last,0
 

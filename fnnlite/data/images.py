@@ -14,11 +14,12 @@ from .files import Bounded, DataError, bad_file, check, open_regular
 FORMATS = 'PNG','JPEG','GIF','BMP','TIFF','WEBP'
 
 def _grey(im):
-    "`im` as greyscale, (h,w), black 0, white 255 (or more, with 16 or 32 bits); what is transparent becomes white"
+    "`im` in grey (h,w), 0 to 255 (or more, with 16 or 32 bits); what is transparent becomes white"
     from PIL import Image
     if im.mode[0] in 'IF': return np.asarray(im, np.float32) # Pillow would clip to 8 bits
     im = im.convert('RGBA')
-    return np.asarray(Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('L'), np.float32)
+    white = Image.new('RGBA', im.size, 'white')
+    return np.asarray(Image.alpha_composite(white, im).convert('L'), np.float32)
 
 def _shrunk(im):
     "`_grey(im)`, of a very large one with squares of pixels averaged, strip by strip"
@@ -33,17 +34,22 @@ def _shrunk(im):
 def _pixels(f, path):
     "The picture in `f` as greyscale in [0,1], (h,w), upright"
     from PIL import Image, ImageOps
-    f = Bounded(f, 2**26 if f.peek(4)[:4]==b'RIFF' else 2**22) # what isn't pixels: Pillow takes long over much of it
+    # for what isn't pixels: much of it takes Pillow long
+    f = Bounded(f, 2**26 if f.peek(4)[:4]==b'RIFF' else 2**22)
     with Image.open(f, formats=FORMATS) as im:
         f.left = 2**30
         w,h = im.size
-        most = 16_000_000 if im.format=='WEBP' else 52_000_000 # whose decoder takes 16 bytes for a pixel; the others' up to 6
-        check(w*h<=most and max(w, h)<2**16, path, f'{w}×{h} pixels', f'at most {most//10**6} million')
+        # WEBP's decoder takes 16 bytes for a pixel, the others' up to 6
+        most = 16_000_000 if im.format=='WEBP' else 52_000_000
+        fits = w*h<=most and max(w, h)<2**16
+        check(fits, path, f'{w}×{h} pixels', f'at most {most//10**6} million')
         if im.info.get('progressive'): # a hundred bytes can be a scan of all pixels
             f.seek(0)
-            check(sum(b.count(b'\xff\xda') for b in iter(lambda: f.read(2**20), b''))<=200, path, 'hundreds of scans', 'some ten')
-        # Pillow's decoders in Python take minutes, and libtiff speaks to stderr itself
-        check(not {o[0] for o in im.tile}&{'libtiff',*Image.DECODERS}, path, f'a {im.format} with a rare compression', 'a plain one, or a PNG')
+            scans = sum(b.count(b'\xff\xda') for b in iter(lambda: f.read(2**20), b''))
+            check(scans<=200, path, 'hundreds of scans', 'some ten')
+        # Pillow's decoders in Python take minutes, and libtiff writes to stderr itself
+        rare = {o[0] for o in im.tile}&{'libtiff',*Image.DECODERS}
+        check(not rare, path, f'a {im.format} with a rare compression', 'a plain one, or a PNG')
         turned = im.getexif().get(0x112)
         if w*h>16_000_000: im.draft('L', (w//2, h//2)) # a JPEG can be read smaller
         deep,g = im.mode[0] in 'IF',_shrunk(im)
@@ -66,7 +72,8 @@ def _as_mnist(g):
     h,w = (max(1, round(20*o/max(d.shape))) for o in d.shape)
     d = np.asarray(Image.fromarray(d).resize((w,h), Image.Resampling.BOX))
     # MNIST's centres of mass are those that round to pixel 14
-    top,left = (min(max(0, round(14-d.sum(1-i)@np.arange(n)/d.sum())), 28-n) for i,n in enumerate((h,w)))
+    centres = d.sum(1)@np.arange(h)/d.sum(),d.sum(0)@np.arange(w)/d.sum()
+    top,left = (min(max(0, round(14-c)), 28-n) for c,n in zip(centres, (h,w)))
     return np.pad(d, ((top,28-h-top), (left,28-w-left)))
 
 def read_image(
@@ -79,7 +86,8 @@ def read_image(
         with open_regular(path) as f, warnings.catch_warnings():
             warnings.simplefilter('ignore')
             warnings.simplefilter('error', Image.DecompressionBombWarning)
-            check(os.fstat(f.fileno()).st_size<=160_000_000, path, 'a file of more than 160 MB', want)
+            size = os.fstat(f.fileno()).st_size
+            check(size<=160_000_000, path, 'a file of more than 160 MB', want)
             try: g = _pixels(f, path)
             except DataError: raise
             except Exception as e: raise bad_file(path, 'no image, or a damaged one', want) from e

@@ -23,7 +23,10 @@ class Text(NamedTuple):
     def encode(self, s):
         "The string `s` as numbers; ValueError for a character that the text doesn't have"
         number = {c:i for i,c in enumerate(self.symbols)}
-        if unknown := {*s}-{*number}: raise ValueError(f"encode: got {min(unknown)!r}, expected characters of the text: {self.symbols!r:.200}")
+        unknown = {*s}-{*number}
+        if unknown:
+            raise ValueError(f"encode: got {min(unknown)!r}, "
+                f"expected characters of the text: {self.symbols!r:.200}")
         return torch.tensor([number[c] for c in s])
     def decode(self, ids):
         "The numbers `ids` as a string"
@@ -47,7 +50,9 @@ def load_text(
     except (OSError,UnicodeDecodeError) as e: raise bad_file(path, e, want) from None
     symbols = ''.join(sorted({*text}))
     if len(text)<least: raise bad_file(path, f"{len(text):,} characters", want)
-    if len(symbols)>5000: raise bad_file(path, f"{len(symbols):,} different characters", "at most 5,000: a symbol for each")
+    if len(symbols)>5000:
+        got = f"{len(symbols):,} different characters"
+        raise bad_file(path, got, "at most 5,000: a symbol for each")
     codes = np.frombuffer(text.encode('utf-32-le'), np.uint32)
     ids = np.searchsorted(np.array(sorted(map(ord, symbols)), np.uint32), codes)
     ids = torch.from_numpy(ids.astype(np.int64))
@@ -56,7 +61,7 @@ def load_text(
 
 # %% ../../nbs/data/154_texts.ipynb #cb9a2c89
 class Pieces(SeededDL):
-    "Batches `(xb,yb)` of random pieces of the text `ids` (N): (bs,T), and the same one place further on"
+    "Batches `(xb,yb)` of (bs,T): random pieces of the text, and the same one place further on"
     def __init__(self,
         ids, # numbers of symbols (N)
         T:int, # symbols in a piece
@@ -65,15 +70,19 @@ class Pieces(SeededDL):
         device=None, # default: `torch.get_default_device()`
         seed:int=0, # of the places, not negative
     ):
-        if len(ids)<=T: raise ValueError(f"Pieces: the text has {len(ids)} symbols, expected more than T, {T}")
-        self.ids,self.T,self.bs,self.n,self.seed,self.epoch = ids.to(device or torch.get_default_device()),T,bs,n,seed,0
+        if len(ids)<=T:
+            raise ValueError(f"Pieces: the text has {len(ids)} symbols, expected more than T, {T}")
+        self.ids = ids.to(device or torch.get_default_device())
+        self.T,self.bs,self.n,self.seed,self.epoch = T,bs,n,seed,0
+
     def __len__(self): return self.n
 
     def __iter__(self):
-        starts = torch.randint(len(self.ids)-self.T, (self.n,self.bs,1), generator=self.drawing(), device='cpu').to(self.ids.device)
+        n_places,size = len(self.ids)-self.T,(self.n,self.bs,1)
+        starts = torch.randint(n_places, size, generator=self.drawing(), device='cpu')
         self.epoch += 1
         steps = torch.arange(self.T, device=self.ids.device)
-        for s in starts: yield self.ids[s+steps],self.ids[s+steps+1]
+        for s in starts.to(self.ids.device): yield self.ids[s+steps],self.ids[s+steps+1]
 
 def text_loaders(
     text:Text,
@@ -85,6 +94,9 @@ def text_loaders(
 )->DataLoaders:
     "`Pieces` to train on; to validate with, the whole held-out part, piece after piece"
     rows = (len(text.valid)-1)//T
-    if rows<1: raise ValueError(f"text_loaders: the held-out part has {len(text.valid)} symbols, expected more than T, {T}")
+    if rows<1:
+        raise ValueError(f"text_loaders: the held-out part has {len(text.valid)} symbols, "
+            f"expected more than T, {T}")
     x,y = (text.valid[i:i+rows*T].reshape(rows, T) for i in (0,1))
-    return DataLoaders(Pieces(text.train, T, bs, n, device, seed), ArrayDL(x, y, 8*bs, device=device))
+    train,valid = Pieces(text.train, T, bs, n, device, seed),ArrayDL(x, y, 8*bs, device=device)
+    return DataLoaders(train, valid)

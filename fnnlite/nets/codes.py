@@ -23,10 +23,9 @@ from .containers import Model, the_loss
 from .seeing import Text, as_before, named_inputs
 
 # %% ../../nbs/nets/147_codes.ipynb #a7f2fde6
-operators = {'add':'+', 'sub':'-', 'mul':'*', 'div':'/', 'true_divide':'/', 'truediv':'/',
-    'pow':'**',
-    'floor_divide':'//', 'floordiv':'//', 'remainder':'%', 'matmul':'@', 'and':'&', 'or':'|',
-    'eq':'==', 'ne':'!=', 'lt':'<', 'le':'<=', 'gt':'>', 'ge':'>='}
+operators = {'add':'+', 'sub':'-', 'mul':'*', 'matmul':'@', 'pow':'**', 'remainder':'%',
+    'div':'/', 'true_divide':'/', 'truediv':'/', 'floor_divide':'//', 'floordiv':'//',
+    'and':'&', 'or':'|', 'eq':'==', 'ne':'!=', 'lt':'<', 'le':'<=', 'gt':'>', 'ge':'>='}
 turned = {'__rsub__':'sub', '__rdiv__':'div', '__rtruediv__':'div', '__rpow__':'pow',
     '__rmatmul__':'matmul'}
 alone = 9 # binds more tightly than any operator
@@ -65,8 +64,8 @@ def not_default(f, kwargs)->dict:
 def full_name(f, name)->str:
     "How a function of torch's is called in a program"
     if isinstance(f, (torch._ops.OpOverload,torch._ops.OpOverloadPacket)): return f"torch.ops.{f}"
-    if name_of(f).startswith('F.') or hasattr(F, name) and not hasattr(torch, name):
-        return f"F.{name}"
+    only_in_F = hasattr(F, name) and not hasattr(torch, name)
+    if name_of(f).startswith('F.') or only_in_F: return f"F.{name}"
     return f"torch.{name}" if hasattr(torch, name) else f"torch.ops.aten.{name}"
 
 def written(f, args, kwargs)->tuple:
@@ -119,8 +118,7 @@ class Writer(TorchFunctionMode):
         self.met.append(t) # or another tensor might get its id
         return self.alias_of.get(id(t), id(t))
     def name(self, t, name):
-        """Call `t` by `name`, or one like it if another tensor has that; if it has a name
-        already, return the new one"""
+        "Call `t` by `name`, or `name2` if another has that; if `t` has a name, return the new one"
         key,times = self.key(t),1
         while self.whose.setdefault(new := name+str(times)*(times>1), key)!=key: times += 1
         return None if self.names.setdefault(key, new)==new else new
@@ -133,8 +131,8 @@ class Writer(TorchFunctionMode):
         came_in = tensors((args,kwargs), openly=False)
         versions,drawn = [t._version for t in came_in],torch.get_rng_state()
         out = f(*args, **kwargs)
-        is_alias = f in (Tensor.detach,torch.detach)
-        if is_alias or not self.is_forward and self.says_nothing(f, out, args):
+        is_detach = f in (Tensor.detach,torch.detach)
+        if is_detach or not self.is_forward and self.says_nothing(f, out, args):
             self.alias_of[id(out)] = self.key(args[0])
             self.key(out)
             return out
@@ -149,7 +147,7 @@ class Writer(TorchFunctionMode):
         return out
 
     def says_nothing(self, f, out, args):
-        "The walk clones what a parameter would share; and a view may show the same"
+        "Is it a clone that the walk makes for a parameter, or a view that shows the same?"
         return same_view(out, args) or f is Tensor.clone and not self.in_rule
 
     def comment(self, text):
@@ -159,8 +157,9 @@ class Writer(TorchFunctionMode):
         "`ours`, which runs in place of `f`: both texts are kept"
         def run(*args, **kwargs):
             start,out = len(self.lines),ours(*args, **kwargs)
-            one = Line(list(out) if isinstance(out, tuple) else [out], *written(f, args, kwargs),
-                False, isinstance(out, tuple))
+            is_tuple = isinstance(out, tuple)
+            outs = list(out) if is_tuple else [out]
+            one = Line(outs, *written(f, args, kwargs), fixed=False, is_tuple=is_tuple)
             self.ours.append((self.lines[start:],one))
             return out
         return run
@@ -173,8 +172,8 @@ def by_torch(self:Writer, lines)->list:
         if not inner or any(l.fixed for l in inner): continue
         outs,mine = {self.key(o) for o in one.outs},{*map(id, inner)}
         kept = {self.key(o) for l in inner for o in l.outs if o is not None}-outs
-        used = {self.key(s.t) for l in lines if isinstance(l, Line) and id(l) not in mine
-            for s in l.slots()}
+        others = [l for l in lines if isinstance(l, Line) and id(l) not in mine]
+        used = {self.key(s.t) for l in others for s in l.slots()}
         if kept&used: continue
         start = next(i for i,l in enumerate(lines) if l is inner[0])
         lines = [*lines[:start],one,*lines[start+len(inner):]]
@@ -182,8 +181,7 @@ def by_torch(self:Writer, lines)->list:
 
 @patch
 def shortened(self:Writer, lines, limit=80)->list:
-    """`lines` with what has no name and is used once written where it is used, up to a length of
-    `limit`"""
+    "`lines`; what is used once and has no name is written where it is used, up to `limit` long"
     slots = [self.key(s.t) for l in lines if isinstance(l, Line) for s in l.slots()]
     waiting,kept = {},[]
     for l in lines:
@@ -212,9 +210,8 @@ def printed(self:Writer, lines)->list:
         if key in self.names: return self.names[key]
         if key in made: return self.names.setdefault(key, f"t{next(numbers)}")
         if t.numel()<=64: return f"torch.tensor({t.tolist()}, dtype={t.dtype})"
-        raise GradError(f"as_code: a constant of shape {tuple(t.shape)} comes from outside the "
-            "model: "
-            "make it a buffer, or an argument")
+        raise GradError(f"as_code: a constant of shape {tuple(t.shape)} comes from outside "
+            "the model: make it a buffer, or an argument")
     texts = []
     for l in lines:
         if isinstance(l, str):
@@ -222,8 +219,8 @@ def printed(self:Writer, lines)->list:
             texts.append(l)
             continue
         text = ''.join(p if isinstance(p, str) else name(p.t) for p in l.parts)
-        outs = ','.join('_' if o is None else name(o)
-            for o in l.outs)+','*(l.is_tuple and len(l.outs)==1)
+        outs = ','.join('_' if o is None else name(o) for o in l.outs)
+        if l.is_tuple and len(l.outs)==1: outs += ','
         texts.append(f"{outs} = {text}" if l.outs else text)
     return texts
 
@@ -265,24 +262,22 @@ def formulas():
 def as_code(self:Model,
     *args, **kwargs, # what the model gets
 )->Text: # a program; its `step(w, inp, targ)` returns the loss, and the gradients by name
-    """Forward and backward as plain torch, straight down. GradError for a `Wrap`, which has no
-    formula
+    """Forward and backward as plain torch, line by line. GradError for a `Wrap`: it has no formula
 
     Branches, loops, sizes and numbers read from tensors are those of this input. Random numbers
-    are drawn as in the model, so the same seed gives the same mask, and buffers in `w` change in
-    place. The model, its buffers and the generator stay as they are."""
+    are drawn as in the model, so the same seed gives the same mask. Buffers in `w` change in place.
+    The model, its buffers and the generator stay as they are."""
     w,inps = Writer(),named_inputs(args, kwargs)
     with as_before(self), formulas():
         for n,t in [*self.named_parameters(),*self.named_buffers()]: w.name(t, f"w['{n}']")
         for n,t in inps.items(): w.name(t, n)
         with w, Written(w, list(inps.values()), self) as rec: loss = the_loss(self(*args, **kwargs))
-        outs = [o for l in w.lines if isinstance(l, Line) for o in l.outs if o is not None
-            and rec.is_output(o)]
-        for i,o in enumerate(outs): w.name(o, f"h{i+1}")
+        made = [o for l in w.lines if isinstance(l, Line) for o in l.outs if o is not None]
+        for i,o in enumerate(filter(rec.is_output, made)): w.name(o, f"h{i+1}")
         for call in rec.made:
             if not all(map(w.has_name, call.outs)):
                 raise GradError(f"as_code: {call} has no formula, "
-                "for torch differentiates what a Wrap wraps: register a rule with gradient_of")
+                    "for torch differentiates what a Wrap wraps: register a rule with gradient_of")
         w.comment('\n# backward')
         w.is_forward = False
         def before(call):
@@ -294,17 +289,17 @@ def as_code(self:Model,
         def after(call): w.in_rule = False
         with w, torch.no_grad():
             grads = walk(rec.starts([loss], [None]), list(rec.made), before, after)
-        for leaf,g in [(leaf,g) for leaf in rec.leaves.values()
-            if (g := grads.get(leaf)) is not None]:
+        for leaf in rec.leaves.values():
+            g = grads.get(leaf)
+            if g is None: continue
             name = w.names[w.key(leaf.t)]
             also = w.name(g, f"g{name[1:]}" if name[:2]=='w[' else f"g['{name}']")
             if also: w.lines.append(Line([], [also,' = ',Slot(g, alone),'.clone()']))
         lines = w.printed(w.shortened(w.by_torch(w.lines)))
     shapes = ', '.join(f"{n} {tuple(t.shape)}" for n,t in inps.items())
-    body = ['"The loss and the gradients by name, from w, the parameters and buffers by name; '
-        f'{shapes}"',
-        'g = {}', *(part for l in lines for part in l.split('\n')),
-        f"return {w.names[w.key(loss)]},g"]
+    doc = "The loss and the gradients by name, from w, the parameters and buffers by name; "
+    lines = [part for l in lines for part in l.split('\n')]
+    body = [f'"{doc}{shapes}"','g = {}',*lines,f"return {w.names[w.key(loss)]},g"]
     head = ['import torch','import torch.nn.functional as F','','@torch.no_grad()',
         f"def step(w, {', '.join(inps)}):"]
     return Text('\n'.join(head+[f"    {l}" if l else '' for l in body])+'\n')

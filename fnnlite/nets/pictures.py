@@ -55,7 +55,8 @@ def resnet(
     classes:int=10, # of pictures
     widths=(8,16,32,64,64), # channels of the blocks; each but the first halves the picture
 )->Sequential:
-    "A residual net for pictures (n,ni,h,w) of 28×28 pixels and more: (n,classes), a score for each class"
+    "A residual net: pictures (n,ni,h,w) of 28×28 pixels or more to scores of classes (n,classes)"
     blocks = [ResBlock(ni, widths[0], ks=5)]
     blocks += [ResBlock(a, b, stride=2) for a,b in zip(widths, widths[1:])]
-    return Sequential(*blocks, nn.AdaptiveAvgPool2d(1), Flatten(), Lin(widths[-1], classes, nonlinearity='linear'))
+    head = Lin(widths[-1], classes, nonlinearity='linear')
+    return Sequential(*blocks, nn.AdaptiveAvgPool2d(1), Flatten(), head)

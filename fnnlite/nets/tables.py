@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['libraries', 'nets_here', 'own_line', 'Followed', 'shown_line', 'followed', 'gradients', 'numbers', 'row', 'as_table',
-           'what_is_off', 'extent', 'steps', 'in_dtype']
+           'what_is_off', 'extent', 'came_into', 'steps', 'in_dtype']
 
 # %% ../../nbs/nets/143_tables.ipynb #84e00a06
 import linecache, sys
@@ -22,14 +22,14 @@ from .seeing import Text, as_before, in_columns
 
 # %% ../../nbs/nets/143_tables.ipynb #42ef1023
 libraries = tuple(str(Path(sys.modules[m].__file__).parent/'_')[:-1] for m in ('torch','fnnlite'))
-nets_here = ('pictures.py','texts.py') # of fnnlite's, and as good as one's own
+nets_here = ('pictures.py','texts.py') # these nets of fnnlite's count as one's own code
 
 def own_line(frame, stop):
     "Where the net's own code made a call: file and line; None if it is all torch's and fnnlite's"
     while frame is not None and id(frame)!=stop:
         file = frame.f_code.co_filename
-        if not file.startswith(libraries) or Path(file).name in nets_here:
-            return file,frame.f_lineno
+        is_own = not file.startswith(libraries) or Path(file).name in nets_here
+        if is_own: return file,frame.f_lineno
         frame = frame.f_back
 
 class Followed(Record):
@@ -42,22 +42,20 @@ def shown_line(line)->str:
     "A line of a program, with its place, as errors show it"
     if line is None: return ''
     file,n = line
-    name = 'cell' if 'ipython' in file or file[:1]=='<' else Path(file).name
-    text = linecache.getline(file, n).strip()
-    return f", {name}, line {n}: {text}"
+    in_cell = 'ipython' in file or file[:1]=='<'
+    name = 'cell' if in_cell else Path(file).name
+    return f", {name}, line {n}: {linecache.getline(file, n).strip()}"
 
 # %% ../../nbs/nets/143_tables.ipynb #fb37b306
 def followed(module, args, kwargs)->tuple:
-    """A record of `module(*args, **kwargs)`, what it returned, and the error that it ended with
-    instead"""
+    "A record of `module(*args, **kwargs)`, what it returned, and the error that it raised instead"
     rec = Followed(tensors((args,kwargs), openly=False), strict=True, audit=False, root=module)
     try:
         with rec: return rec,module(*args, **kwargs),None
     except Exception as e: return rec,None,e
 
 def gradients(rec, out, **kwargs)->dict:
-    """The gradient of each output, (call, output), and leaf; nothing is put on tensors. {} where
-    there is no loss to start from"""
+    "The gradients by (call, output) and by leaf; {} without a loss. No tensor gets a `.g`"
     loss = floats(out)[0] if isinstance(out, Tensor) else the_loss(out)
     if loss.numel()!=1 or not rec.is_output(loss): return {}
     return walk(rec.starts([loss], [None]), list(rec.made), **kwargs)
@@ -69,28 +67,29 @@ def numbers(ts)->Tensor|None:
     return torch.cat([t.detach().flatten().to('cpu', torch.float64) for t in ts])
 
 def row(n, call, gs)->tuple:
-    """What a table says of a call: number, place, shape, mean, standard deviation, zeros, norm of
-    the gradient, bytes"""
+    "What a table says of a call: the columns of `as_table`"
     outs = call.made() or call.outs
     ns,gs = numbers(outs),numbers([g for g in gs if g is not None])
     shapes = ' '.join(str(tuple(o.shape)) for o in outs)
     size = sum(o.numel()*o.element_size() for o in outs)
-    stats = ('','','') if ns is None else (f"{ns.mean():.3g}",f"{ns.std(correction=0):.3g}",
-        f"{(ns==0).double().mean():.0%}")
-    broken = [what for what,t in (('output',ns),('gradient',gs)) if t is not None
-        and not t.isfinite().all()]
-    return (str(n),str(call),shapes,*stats,'' if gs is None else f"{gs.norm():.3g}",f"{size:,}",
-        ' and '.join(broken))
+    stats = '','',''
+    if ns is not None:
+        zeros = (ns==0).double().mean()
+        stats = f"{ns.mean():.3g}",f"{ns.std(correction=0):.3g}",f"{zeros:.0%}"
+    norm = '' if gs is None else f"{gs.norm():.3g}"
+    both = ('output',ns),('gradient',gs)
+    broken = [what for what,t in both if t is not None and not t.isfinite().all()]
+    return str(n),str(call),shapes,*stats,norm,f"{size:,}",' and '.join(broken)
 
 @patch
 def table(self:Model,
     *args, **kwargs, # what the model gets; without any, the table is of its last call
 )->Text:
-    """A row for each call of a step: shape, mean, standard deviation, zeros, norm of the
-    gradient, bytes, and what isn't finite
+    """A row for each call of a step: shape, statistics, bytes, and what isn't finite
 
-    With arguments it runs forward and backward, and leaves the model as it was. If the forward
-    fails, it prints the table up to there."""
+    The statistics are the output's mean, standard deviation and share of zeros, and the norm of
+    its gradient. With arguments it runs forward and backward, and leaves the model as it was.
+    If the forward fails, it prints the table up to there."""
     if not (args or kwargs):
         calls = self.calls()
         gs = {(c.n,i):o.g for c in calls for i,o in enumerate(c.made() or c.outs)}
@@ -111,17 +110,21 @@ def as_table(calls, gs)->Text:
 def what_is_off(t, exact, tol)->str:
     "In words, what is wrong with `t`; '' if nothing is"
     broken = (~t.isfinite()).sum().item()
-    if exact is None: return f"{broken} of {t.numel()} numbers aren't finite" if broken else ''
-    if broken and exact.isfinite().all():
-        return f"{broken} of {t.numel()} numbers aren't finite, in {exact.dtype} they are"
+    said = f"{broken} of {t.numel()} numbers aren't finite"
+    if exact is None: return said if broken else ''
+    if broken and exact.isfinite().all(): return f"{said}, in {exact.dtype} they are"
     if not t.numel(): return ''
     largest = exact.abs().max().clamp(min=torch.finfo(exact.dtype).tiny)
     off = (t.to(exact.dtype)-exact).abs().max()/largest
     return f"off by {off:.1e} of the largest number, from a run in {exact.dtype}" if off>tol else ''
 
 def extent(t)->str:
-    numbers = f" from {t.min():.3g} to {t.max():.3g}" if t.numel() else ''
-    return f"{tuple(t.shape)}{numbers}"
+    shape = tuple(t.shape)
+    return f"{shape} from {t.min():.3g} to {t.max():.3g}" if t.numel() else f"{shape}"
+
+def came_into(call)->list:
+    "Name and value of the layer's own parameters and of the arguments"
+    return [*zip(call.rule.param_names(call), call.own), *call.rule.named(call.args, call.kwargs)]
 
 def steps(rec, out):
     "What a step made, in order: the call, what it is in words, and the numbers"
@@ -129,10 +132,8 @@ def steps(rec, out):
         for o in call.made() or call.outs: yield call,f"its output {tuple(o.shape)}",o
     made = []
     def after(call):
-        named = [*zip(call.rule.param_names(call), call.own),
-            *call.rule.named(call.args, call.kwargs)]
         made.extend((call,f"the gradient that its rule gives '{name}', {tuple(t.shape)}",t.g)
-            for name,v in named for t in floats(v) if t.g is not None)
+            for name,v in came_into(call) for t in floats(v) if t.g is not None)
     gradients(rec, out, after=after)
     yield from made
 
@@ -145,8 +146,10 @@ def blame(self:Model,
     tol:float=1e-3, # how far off it may be, as a part of the largest number
     **kwargs,
 )->Text|None:
-    """The first call of a step, forward then backward, whose numbers aren't finite, or are off:
-    its line, and what came in. None if all is well"""
+    """The first call whose numbers aren't finite, or are off; None if all is well
+
+    It looks at the outputs of the forward first, then at the gradients of the backward, and says
+    the call's line, and what came in."""
     with as_before(self):
         drawn = torch.get_rng_state()
         rec,out,e = followed(self, args, kwargs)
@@ -156,19 +159,17 @@ def blame(self:Model,
             torch.set_rng_state(drawn)
             device = next((t.device.type for t in tensors((args,kwargs), openly=False)), 'cpu')
             with torch.autocast(device, enabled=False):
-                twin,*_ = runs = followed(deepcopy(self).to(against),
-                    *in_dtype((args,kwargs), against))
-                if runs[2] is not None: raise runs[2]
-                exact = list(steps(*runs[:2]))
-            if [c.name for c in twin.made]!=[c.name for c in rec.made]: return Text(
-                f"the run in {against} took another way: {len(twin.made)} calls, not "
-                f"{len(rec.made)}")
+                in_exact = in_dtype((args,kwargs), against)
+                twin,exact_out,e = followed(deepcopy(self).to(against), *in_exact)
+                if e is not None: raise e
+                exact = list(steps(twin, exact_out))
+            if [c.name for c in twin.made]!=[c.name for c in rec.made]:
+                return Text(f"the run in {against} took another way: "
+                    f"{len(twin.made)} calls, not {len(rec.made)}")
         for i,(call,what,t) in enumerate(steps(rec, out)):
             off = what_is_off(t, exact[i][2] if exact else None, tol)
             if not off: continue
-            came_in = [*zip(call.rule.param_names(call), call.own),
-                *call.rule.named(call.args, call.kwargs)]
-            came_in = [f"{name} {extent(v)}" for name,v in came_in if isinstance(v, Tensor)
-                and v.is_floating_point()]
-            return Text(f"call {call.n}, {call}{shown_line(call.line)}\n{what}: {off}\nwhat came "
-                f"in: {'; '.join(came_in)}")
+            came_in = [f"{name} {extent(v)}" for name,v in came_into(call)
+                if isinstance(v, Tensor) and v.is_floating_point()]
+            return Text(f"call {call.n}, {call}{shown_line(call.line)}\n{what}: {off}\n"
+                f"what came in: {'; '.join(came_in)}")

@@ -24,7 +24,10 @@ class CharLSTM(Module):
         n_symbols:int, # that there are
         n_emb:int=128, # numbers of a symbol
         nf:int=256, # numbers of the state
-    ): self.emb,self.lstm,self.head = Embedding(n_symbols, n_emb),LSTM(n_emb, nf),Lin(nf, n_symbols, nonlinearity='linear')
+    ):
+        self.emb,self.lstm = Embedding(n_symbols, n_emb),LSTM(n_emb, nf)
+        self.head = Lin(nf, n_symbols, nonlinearity='linear')
+
     def forward(self, ids): return self.head(self.lstm(self.emb(ids))[0])
 
 # %% ../../nbs/nets/146_texts.ipynb #6f7c6203
@@ -40,7 +43,8 @@ class GPTAttention(nn.Module):
         super().__init__()
         self.c_attn,self.c_proj,self.n_heads = Conv1D(nf, 3*nf),Conv1D(nf, nf, std),n_heads
     def forward(self, x, dropout):
-        def heads(t): return t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) # (n,heads,T,nf/heads)
+        def heads(t): # (n,T,nf) to (n,heads,T,nf/heads)
+            return t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
         q,k,v = map(heads, self.c_attn(x).chunk(3, -1))
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return self.c_proj(out.transpose(1, 2).flatten(2))
@@ -54,7 +58,8 @@ class GPTMLP(nn.Module):
 class GPTBlock(nn.Module):
     def __init__(self, nf, n_heads, std):
         super().__init__()
-        self.ln_1,self.attn,self.ln_2,self.mlp = nn.LayerNorm(nf),GPTAttention(nf, n_heads, std),nn.LayerNorm(nf),GPTMLP(nf, std)
+        self.ln_1,self.attn = nn.LayerNorm(nf),GPTAttention(nf, n_heads, std)
+        self.ln_2,self.mlp = nn.LayerNorm(nf),GPTMLP(nf, std)
     def forward(self, x, p):
         x = x+F.dropout(self.attn(self.ln_1(x), p), p)
         return x+F.dropout(self.mlp(self.ln_2(x)), p)
@@ -71,11 +76,14 @@ class GPT(nn.Module):
         dropout:float=0., # in training
     ):
         super().__init__()
-        if nf%n_heads: raise ValueError(f"GPT: nf is {nf}, expected a multiple of n_heads, {n_heads}")
-        std = .02/math.sqrt(2*n_layers)
-        self.wte,self.wpe,self.n_ctx,self.dropout = nn.Embedding(n_symbols, nf),nn.Embedding(n_ctx, nf),n_ctx,dropout
+        if nf%n_heads:
+            raise ValueError(f"GPT: nf is {nf}, expected a multiple of n_heads, {n_heads}")
+        self.n_ctx,self.dropout = n_ctx,dropout
+        self.wte,self.wpe = nn.Embedding(n_symbols, nf),nn.Embedding(n_ctx, nf)
         for emb in (self.wte,self.wpe): nn.init.normal_(emb.weight, std=.02)
-        self.h,self.ln_f = nn.ModuleList(GPTBlock(nf, n_heads, std) for _ in range(n_layers)),nn.LayerNorm(nf)
+        std = .02/math.sqrt(2*n_layers)
+        self.h = nn.ModuleList(GPTBlock(nf, n_heads, std) for _ in range(n_layers))
+        self.ln_f = nn.LayerNorm(nf)
 
     def forward(self, ids):
         T,p = ids.shape[-1],self.dropout*self.training
@@ -93,9 +101,11 @@ class GPT(nn.Module):
         c = json.loads((Path(folder)/'config.json').read_text(encoding='utf-8'))
         sizes = [c.get(k) for k in ('vocab_size','n_positions','n_layer','n_head','n_embd')]
         if c.get('model_type')!='gpt2' or not all(isinstance(o, int) for o in sizes):
-            raise ValueError(f"{folder}: config.json is of a {c.get('model_type')!r}, expected 'gpt2' and its sizes")
+            raise ValueError(f"{folder}: config.json is of a {c.get('model_type')!r}, "
+                "expected 'gpt2' and its sizes")
         net,ts = cls(*sizes),load_file(Path(folder)/'model.safetensors')
-        ts = {k.removeprefix('transformer.'):t for k,t in ts.items() if not k.endswith(('.attn.bias','.attn.masked_bias','lm_head.weight'))}
+        unused = '.attn.bias','.attn.masked_bias','lm_head.weight' # masks, and `wte` again
+        ts = {k.removeprefix('transformer.'):t for k,t in ts.items() if not k.endswith(unused)}
         net.load_state_dict(ts)
         return net
 
@@ -111,8 +121,11 @@ class GPT(nn.Module):
         with evaluating(self):
             for _ in range(n):
                 scores = self(ids[:, -self.n_ctx:])[:, -1]
-                if top_k: scores[scores<scores.topk(min(top_k, scores.shape[-1])).values[:, -1:]] = -torch.inf
-                if temperature: new = (scores/temperature).softmax(-1).multinomial(1, generator=draw)
+                if top_k:
+                    likeliest = scores.topk(min(top_k, scores.shape[-1])).values
+                    scores[scores<likeliest[:, -1:]] = -torch.inf
+                if temperature:
+                    new = (scores/temperature).softmax(-1).multinomial(1, generator=draw)
                 else: new = scores.argmax(-1, keepdim=True)
                 ids = torch.cat([ids, new], 1)
         return ids

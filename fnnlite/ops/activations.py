@@ -50,7 +50,9 @@ class Relu(Module):
     @property
     def saves(self): return 'inp' if self.leak or self.sub or self.maxv is not None else 'out'
     def bwd(self, out, inp): relu_grad(out, inp, self.leak, self.sub, self.maxv)
-    def extra_repr(self): return ', '.join(f'{k}={v}' for k,v in (('leak',self.leak),('sub',self.sub),('maxv',self.maxv)) if v)
+    def extra_repr(self):
+        options = dict(leak=self.leak, sub=self.sub, maxv=self.maxv)
+        return ', '.join(f'{k}={v}' for k,v in options.items() if v)
 
 # %% ../../nbs/ops/126_activations.ipynb #5c6e4157
 def softmax(inp, dim=-1):
@@ -156,7 +158,8 @@ def prelu_grad(out, inp, weight):
 
 # %% ../../nbs/ops/126_activations.ipynb #56102e9e
 def rrelu_forward(inp, lower=1/8, upper=1/3, training=False, inplace=False):
-    noise = torch.empty_like(inp, memory_format=torch.contiguous_format) # torch writes it in that order
+    in_order = torch.contiguous_format # torch draws in this order, whatever the input's is
+    noise = torch.empty_like(inp, memory_format=in_order)
     out = aten.rrelu_with_noise(inp, noise, lower, upper, training)
     out.slope = noise if training else None
     return out

@@ -16,7 +16,8 @@ aten = torch.ops.aten
 # %% ../../nbs/ops/139_alignments.ipynb #abc052d6
 def sums_over_ways(emit, places):
     "log alpha (T,S), for the logarithms `emit` of the factors (T,S)"
-    may_jump = F.pad(places[2:]!=places[:-2], (2,0))[:len(places)] # a blank's are both blanks
+    # no jump to a blank: two places before it is a blank too
+    may_jump = F.pad(places[2:]!=places[:-2], (2,0))[:len(places)]
     def from_before(a, n): return F.pad(a, (n,0), value=-torch.inf)[:len(a)]
     a = emit.new_full(places.shape, -torch.inf)
     a[:2] = emit[0,:2]
@@ -39,7 +40,7 @@ def ways_grad(log_p, label, blank):
 
 # %% ../../nbs/ops/139_alignments.ipynb #a67bb06c
 def by_sequence(g, target_lengths, reduction):
-    "The gradients of the sequences' losses, if `g` is that of the mean (1), the sum (2), or all (0)"
+    "The gradients of the sequences' losses; `g` is that of the mean (1), the sum (2), or all (0)"
     lengths = torch.as_tensor(target_lengths, device=g.device).reshape(-1)
     if reduction==1: g = g/lengths.clamp_min(1)/len(lengths)
     return g.expand(lengths.shape).to(g.dtype)

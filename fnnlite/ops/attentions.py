@@ -39,7 +39,7 @@ def attention_weights(query, key, mask, scale):
 # %% ../../nbs/ops/134_attentions.ipynb #8888b336
 def repeated(t, heads): return t.repeat_interleave(heads//t.shape[-3], -3)
 def summed_heads(g, t): return g.unflatten(-3, (t.shape[-3], -1)).sum(-3)
-def full(t): return t.float() if t.dtype.itemsize==2 else t # as torch has it, for half precision
+def full(t): return t.float() if t.dtype.itemsize==2 else t # as torch computes, for half precision
 
 def attention_grad(out, query, key, value, attn_mask=None, dropout_p=0., is_causal=False,
     *, scale=None, enable_gqa=False):
@@ -101,7 +101,8 @@ class Attention(Module):
         device=None, # where to make them; default: `torch.get_default_device()`
         dtype=None, # default: `torch.get_default_dtype()`
     ):
-        if nf%n_heads: raise ValueError(f"Attention: nf is {nf}, expected a multiple of n_heads, {n_heads}")
+        if nf%n_heads:
+            raise ValueError(f"Attention: nf is {nf}, expected a multiple of n_heads, {n_heads}")
         how = dict(bias=bias, nonlinearity='linear', device=device, dtype=dtype)
         self.qkv,self.proj = Lin(nf, 3*nf, **how),Lin(nf, nf, **how)
         self.n_heads,self.causal,self.dropout = n_heads,causal,dropout
@@ -109,10 +110,14 @@ class Attention(Module):
     def forward(self, inp):
         nf = self.proj.w.shape[0]
         if check_inp(self, inp, self.proj.w).ndim!=3 or inp.shape[-1]!=nf:
-            raise ValueError(f"{type(self).__name__}: inp has shape {tuple(inp.shape)}, expected (n,T,{nf})")
-        def heads(t): return t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) # (n,heads,T,nf/heads)
+            raise ValueError(f"{type(self).__name__}: inp has shape {tuple(inp.shape)}, "
+                f"expected (n,T,{nf})")
+        def heads(t): # (n,T,nf) to (n,heads,T,nf/heads)
+            return t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
         q,k,v = map(heads, self.qkv(inp).chunk(3, -1))
         p = self.dropout if self.training else 0.
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=self.causal)
         return self.proj(out.transpose(1, 2).flatten(2))
-    def extra_repr(self): return f"n_heads={self.n_heads}, causal={self.causal}, dropout={self.dropout}"
+
+    def extra_repr(self):
+        return f"n_heads={self.n_heads}, causal={self.causal}, dropout={self.dropout}"

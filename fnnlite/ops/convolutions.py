@@ -89,7 +89,7 @@ def convolution_kernel(out, inp, weight, bias, stride, padding, dilation, transp
 def conv_kernel(out, inp, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     _,before,apart,_ = places(weight, stride, padding, dilation, groups)
     if padding=='same' and any(d*(k-1)%2 for d,k in zip(apart, weight.shape[2:])):
-        return None # it has as many zeros before as behind
+        return None # the kernel would put as many zeros before as behind
     return convolution_kernel(out, inp, weight, bias, stride, before, dilation, False, 0, groups)
 
 @gradient_of(torch.conv1d, torch.conv2d, torch.conv3d,
@@ -114,8 +114,8 @@ def conv_transpose_grad(out, inp, weight, bias=None, stride=1, padding=0, output
     x,y = batched(inp, weight),batched(out.g, weight)
     how = stride,padding,dilation,groups = places(weight, stride, padding, dilation, groups)
     if wants(inp):
-        laid_down = F.pad(y, around(y, x, weight, stride, padding, dilation))
-        inp.g = conv(laid_down, weight, stride, dilation, groups).reshape(inp.shape)
+        uncut = F.pad(y, around(y, x, weight, stride, padding, dilation))
+        inp.g = conv(uncut, weight, stride, dilation, groups).reshape(inp.shape)
     if wants(weight): weight.g = weight_grad(y, x, weight, *how)
     if wants(bias): bias.g = bias_grad(y)
 

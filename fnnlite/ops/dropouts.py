@@ -28,7 +28,7 @@ def dropout_grad(out, inp):
 
 # %% ../../nbs/ops/130_dropouts.ipynb #8ce81149
 class Dropout(Module):
-    "In training, each element zeroed with probability `p` and the others divided by 1-p; else `inp` as it is"
+    "In training, each element zeroed with probability `p`, the others divided by 1-p; else `inp`"
     def __init__(self, p:float=.5):
         if not 0<=p<=1: raise ValueError(f"Dropout: p is {p}, expected a probability")
         self.p = p

@@ -44,7 +44,8 @@ def mul_grad(out, inp, other):
     if wants(inp): inp.g = fit(out.g*other, inp)
     if wants(other): other.g = fit(out.g*inp, other)
 
-@gradient_of(torch.div, torch.divide, torch.true_divide, Tensor.__truediv__, saves='inp:other other')
+@gradient_of(torch.div, torch.divide, torch.true_divide, Tensor.__truediv__,
+    saves='inp:other other')
 def div_grad(out, inp, other, *, rounding_mode=None):
     if rounding_mode: return flat(inp, other)
     if wants(inp): inp.g = fit(out.g/other, inp)
@@ -315,7 +316,7 @@ def log_grad(out, inp, eps=1e-8):
 
 # %% ../../nbs/ops/124_elementwise.ipynb #b7fa118d
 class Log(Module):
-    "`log(inp+eps)`, so that a probability of 0 costs much and not infinitely much: any shape"
+    "`log(inp+eps)`, which is finite for a probability of 0 too: any shape"
     def __init__(self, eps:float=1e-8): self.eps = eps
     def forward(self, inp): return log(check_inp(self, inp), self.eps)
     saves = 'inp'

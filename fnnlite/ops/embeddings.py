@@ -47,12 +47,13 @@ class Embedding(Module):
         self.w,self.padding_idx = w,padding_idx
 
     def forward(self, inp):
-        n = len(self.w)
-        if not isinstance(inp, torch.Tensor) or inp.dtype not in (torch.int32,torch.int64): raise TypeError(
-            f"{self}: inp is of {getattr(inp, 'dtype', type(inp).__name__)}, expected indices of torch.int64")
+        n,dtype = len(self.w),getattr(inp, 'dtype', type(inp).__name__)
+        if not isinstance(inp, torch.Tensor) or dtype not in (torch.int32,torch.int64):
+            raise TypeError(f"{self}: inp is of {dtype}, expected indices of torch.int64")
         if inp.is_cpu and inp.numel() and not traced():
             lo,hi = inp.aminmax()
-            if lo<0 or hi>=n: raise ValueError(f"{self}: inp has indices from {lo} to {hi}, expected 0 to {n-1}")
+            if lo<0 or hi>=n: raise ValueError(
+                f"{self}: inp has indices from {lo} to {hi}, expected 0 to {n-1}")
         return F.embedding(inp, self.w, self.padding_idx)
 
     saves = 'inp'

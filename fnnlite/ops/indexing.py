@@ -85,7 +85,8 @@ def masked_scatter_grad(out, inp, mask, source):
     if wants(inp): inp.g = fit(out.g.masked_fill(mask, 0), inp)
     if wants(source):
         g = out.g.masked_select(mask)
-        source.g = zeros_but(source.new_empty(source.numel()), lambda z: z[:len(g)], g).reshape(source.shape)
+        zeros = source.new_zeros(source.numel()-len(g)) # for numbers that weren't needed
+        source.g = torch.cat([g, zeros]).reshape(source.shape)
 
 # %% ../../nbs/ops/129_indexing.ipynb #9b26a7f7
 @gradient_of(torch.index_select, saves='index')

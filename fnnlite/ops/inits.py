@@ -11,8 +11,12 @@ import torch
 from torch.nn.init import calculate_gain
 
 # %% ../../nbs/ops/121_inits.ipynb #7dda5e52
-def _normal(ni, nf, std, device, dtype): return torch.randn(ni, nf, device=device, dtype=dtype).mul_(std)
-def _uniform(ni, nf, std, device, dtype): return torch.rand(ni, nf, device=device, dtype=dtype).mul_(2).sub_(1).mul_(std*math.sqrt(3))
+def _normal(ni, nf, std, device, dtype):
+    return torch.randn(ni, nf, device=device, dtype=dtype).mul_(std)
+
+def _uniform(ni, nf, std, device, dtype):
+    a = std*math.sqrt(3) # from -a to a
+    return torch.rand(ni, nf, device=device, dtype=dtype).mul_(2).sub_(1).mul_(a)
 
 def _std(ni, nf, fan, nonlinearity, leak):
     if ni<1 or nf<1: raise ValueError(f"a weight of ({ni},{nf}): ni and nf must be at least 1")
@@ -30,14 +34,17 @@ def kaiming_normal(
     "A weight (ni,nf) from a normal distribution of standard deviation gain/√ni"
     return _normal(ni, nf, _std(ni, nf, ni, nonlinearity, leak), device, dtype)
 
-def kaiming_uniform(ni:int, nf:int, nonlinearity:str='relu', leak=None, device=None, dtype=None)->torch.Tensor:
+def kaiming_uniform(ni:int, nf:int, nonlinearity:str='relu', leak=None,
+    device=None, dtype=None)->torch.Tensor:
     "A weight (ni,nf) from a uniform distribution of standard deviation gain/√ni"
     return _uniform(ni, nf, _std(ni, nf, ni, nonlinearity, leak), device, dtype)
 
-def xavier_normal(ni:int, nf:int, nonlinearity:str='linear', leak=None, device=None, dtype=None)->torch.Tensor:
+def xavier_normal(ni:int, nf:int, nonlinearity:str='linear', leak=None,
+    device=None, dtype=None)->torch.Tensor:
     "A weight (ni,nf) from a normal distribution of standard deviation gain·√(2/(ni+nf))"
     return _normal(ni, nf, _std(ni, nf, (ni+nf)/2, nonlinearity, leak), device, dtype)
 
-def xavier_uniform(ni:int, nf:int, nonlinearity:str='linear', leak=None, device=None, dtype=None)->torch.Tensor:
+def xavier_uniform(ni:int, nf:int, nonlinearity:str='linear', leak=None,
+    device=None, dtype=None)->torch.Tensor:
     "A weight (ni,nf) from a uniform distribution of standard deviation gain·√(2/(ni+nf))"
     return _uniform(ni, nf, _std(ni, nf, (ni+nf)/2, nonlinearity, leak), device, dtype)

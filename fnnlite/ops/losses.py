@@ -21,12 +21,16 @@ class Loss(Module):
     def __init__(self,
         reduction:str='mean', # 'mean' or 'sum'
     ):
-        if reduction not in ('mean','sum'): raise ValueError(f"{type(self).__name__}: reduction is {reduction!r}, expected 'mean' or 'sum'")
+        if reduction not in ('mean','sum'):
+            raise ValueError(f"{type(self).__name__}: reduction is {reduction!r}, "
+                "expected 'mean' or 'sum'")
         self.reduction = reduction
 
     def full(self, inp):
-        "`inp`, which autocast may have made in half precision, as torch's own losses see it then: in float32"
-        return inp.float() if inp.dtype.itemsize==2 and torch.is_autocast_enabled(inp.device.type) else inp
+        "`inp`; under autocast in float32, not in half precision, as torch's own losses have it"
+        is_half = inp.dtype.itemsize==2 and torch.is_autocast_enabled(inp.device.type)
+        return inp.float() if is_half else inp
+
     def reduce(self, losses):
         "One number from many"
         return losses.mean() if self.reduction=='mean' else losses.sum()
@@ -38,12 +42,14 @@ class Loss(Module):
         "Raise unless `targ` fits `inp`, number by number"
         check_inp(self, inp)
         check_inp(self, targ, inp, 'targ')
-        if targ.shape!=inp.shape: raise ValueError(f"{self}: targ has shape {tuple(targ.shape)}, expected {tuple(inp.shape)}")
+        if targ.shape!=inp.shape:
+            raise ValueError(f"{self}: targ has shape {tuple(targ.shape)}, "
+                f"expected {tuple(inp.shape)}")
     def extra_repr(self): return self.reduction
 
 # %% ../../nbs/ops/136_losses.ipynb #cdb8c694
 class Mse(Loss):
-    "Mean (or sum) of the squared differences; `targ` has `inp`'s shape, or lacks its last dimension of 1"
+    "Mean or sum of squared differences; `targ` has `inp`'s shape, or lacks its last dimension of 1"
     def diff(self, inp, targ): return self.full(inp)-targ.reshape(inp.shape)
 
     def forward(self, inp, targ):
@@ -60,22 +66,31 @@ class Mse(Loss):
 def check_classes(module, inp, targ):
     "Raise TypeError or ValueError unless `targ` holds class indices (...) for `inp` (...,C)"
     check_inp(module, inp)
-    if not isinstance(targ, torch.Tensor): raise TypeError(f"{module}: targ is of type {type(targ).__name__}, expected a tensor")
-    if targ.dtype!=torch.int64: raise TypeError(f"{module}: targ has dtype {targ.dtype}, expected class indices of torch.int64")
+    if not isinstance(targ, torch.Tensor):
+        raise TypeError(f"{module}: targ is of type {type(targ).__name__}, expected a tensor")
+    if targ.dtype!=torch.int64:
+        raise TypeError(f"{module}: targ has dtype {targ.dtype}, "
+            "expected class indices of torch.int64")
     if targ.shape!=inp.shape[:-1]:
-        raise ValueError(f"{module}: targ has shape {tuple(targ.shape)}, expected {tuple(inp.shape[:-1])} for inp {tuple(inp.shape)}")
-    if targ.device!=inp.device: raise ValueError(f"{module}: targ is on device {targ.device}, expected {inp.device}")
-    if traced() and not (is_compiling() or targ.is_cuda): targ.n_classes = inp.shape[-1] # so that `compile_step` can check
+        raise ValueError(f"{module}: targ has shape {tuple(targ.shape)}, "
+            f"expected {tuple(inp.shape[:-1])} for inp {tuple(inp.shape)}")
+    if targ.device!=inp.device:
+        raise ValueError(f"{module}: targ is on device {targ.device}, expected {inp.device}")
+    if traced() and not (is_compiling() or targ.is_cuda):
+        targ.n_classes = inp.shape[-1] # so that `compile_step` can check
 
 def check_range(module, targ, n):
-    "Raise ValueError unless `targ` holds class indices from 0 to `n`-1; on a GPU that would mean to wait for it, and torch itself stops there"
+    "Raise ValueError unless `targ` holds class indices from 0 to `n`-1"
+    # on a GPU the check would have to wait for the numbers, and torch itself stops there
     if targ.is_cuda or targ.is_meta or traced(): return
     lo,hi = targ.aminmax()
-    if lo.item()<0 or hi.item()>=n: raise ValueError(f"{module}: targ has class indices from {lo} to {hi}, expected 0 to {n-1}")
+    if lo.item()<0 or hi.item()>=n: raise ValueError(
+        f"{module}: targ has class indices from {lo} to {hi}, expected 0 to {n-1}")
 
 def nll(module, logp, targ):
     "Minus the entries of `logp` (...,C) at the indices `targ` (...), reduced as `module` says"
-    try: return F.nll_loss(rows(logp), targ.reshape(-1), reduction=module.reduction, ignore_index=-2**63)
+    how = dict(reduction=module.reduction, ignore_index=-2**63) # no index is ignored
+    try: return F.nll_loss(rows(logp), targ.reshape(-1), **how)
     except IndexError:
         check_range(module, targ, logp.shape[-1])
         raise
@@ -86,7 +101,7 @@ def one_hot(targ, like):
 
 # %% ../../nbs/ops/136_losses.ipynb #d9913bff
 class NLL(Loss):
-    "Minus the log-probability of the right class; `inp` (...,C) log-probabilities, `targ` (...) class indices"
+    "Minus the log-probability, in `inp` (...,C), of the right class; `targ` (...) class indices"
     saves = 'targ'
     def forward(self, inp, targ):
         check_classes(self, inp, targ)
@@ -96,14 +111,15 @@ class NLL(Loss):
 
 # %% ../../nbs/ops/136_losses.ipynb #ae107266
 class CrossEntropy(Loss):
-    "-Σ t log softmax(inp) over the last dimension; `inp` (...,C), `targ` class indices (...) or probabilities (...,C)"
+    "-Σ t log softmax(inp): `inp` (...,C), `targ` class indices (...) or probabilities (...,C)"
     saves = 'targ logp soft'
     def __init__(self,
         reduction:str='mean', # over the items: 'mean' or 'sum'
         smoothing:float=0., # of the labels, 0 to 1
     ):
         super().__init__(reduction)
-        if not 0<=smoothing<=1: raise ValueError(f"CrossEntropy: smoothing is {smoothing}, expected 0 to 1")
+        if not 0<=smoothing<=1:
+            raise ValueError(f"CrossEntropy: smoothing is {smoothing}, expected 0 to 1")
         self.smoothing = smoothing
 
     def probs(self, inp, targ):
@@ -111,13 +127,15 @@ class CrossEntropy(Loss):
         if not targ.is_floating_point():
             check_range(self, targ, inp.shape[-1])
             targ = one_hot(targ, inp)
-        return targ if not self.smoothing else targ*(1-self.smoothing) + self.smoothing/inp.shape[-1]
+        if not self.smoothing: return targ
+        return targ*(1-self.smoothing) + self.smoothing/inp.shape[-1]
 
     def forward(self, inp, targ):
-        if isinstance(targ, torch.Tensor) and targ.is_floating_point() and targ.ndim==inp.ndim: self.check_targ(inp, targ)
+        is_probs = isinstance(targ, torch.Tensor) and targ.is_floating_point()
+        if is_probs and targ.ndim==inp.ndim: self.check_targ(inp, targ)
         else: check_classes(self, inp, targ)
         logp = self.full(inp).log_softmax(-1)
-        if targ.is_floating_point() or self.smoothing:
+        if is_probs or self.smoothing:
             soft = self.probs(logp, targ)
             out = self.reduce(-(soft*logp).sum(-1))
             out.soft = soft

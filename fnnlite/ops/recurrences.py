@@ -86,7 +86,7 @@ def lstm_cell(x, before, after, params, steps, c0):
 
 # %% ../../nbs/ops/135_recurrences.ipynb #97b62962
 class Upstream:
-    "What stands for an output of which a rule reads the gradient alone"
+    "Stands for an output, where a rule reads only its gradient"
     def __init__(self, g): self.g = g
 
 def walk_back(cell, x, states, after, params, proj, steps, g, gs):
@@ -173,7 +173,7 @@ class Stack:
 
 # %% ../../nbs/ops/135_recurrences.ipynb #2b62594d
 def one_by_one(f):
-    "Torch's function `f`, of one layer, and nothing kept"
+    "One layer by torch's function `f`, which keeps nothing"
     def layer(a, l, x): return f(x, *a.layer(l)),{}
     return layer
 
@@ -281,7 +281,7 @@ lstm_grad = recurrent(torch.lstm, lstm_cell, lstm_layer, lstm_kernel)
 
 # %% ../../nbs/ops/135_recurrences.ipynb #0f6f1983
 class LSTM(Module):
-    """A layer that reads a sequence: (n,T,ni) to all its states (n,T,nf), the last one (n,nf) and the last memory (n,nf).
+    """A layer that reads a sequence (n,T,ni): all states (n,T,nf), the last one and memory (n,nf).
     Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 1999"""
     def __init__(self,
         ni:int, # numbers of a step
@@ -291,23 +291,24 @@ class LSTM(Module):
         dtype=None, # default: `torch.get_default_dtype()`
     ):
         def uniform(*shape): return (torch.rand(shape, device=device, dtype=dtype)*2-1)*nf**-.5
+        self.ni,self.nf = ni,nf
         self.w_ih,self.w_hh = uniform(4*nf, ni),uniform(4*nf, nf)
         self.b_ih,self.b_hh = (uniform(4*nf),uniform(4*nf)) if bias else (None,None)
 
     def how(self, inp, h, c):
         "The arguments of torch's function"
-        first = [inp.new_zeros(1, len(inp), self.w_hh.shape[1]) if t is None else t.unsqueeze(0) for t in (h,c)]
+        hs = [inp.new_zeros(1, len(inp), self.nf) if t is None else t.unsqueeze(0) for t in (h,c)]
         params = [p for p in (self.w_ih, self.w_hh, self.b_ih, self.b_hh) if p is not None]
-        return inp,first,params,self.b_ih is not None,1,0.,self.training,False,True
+        return inp,hs,params,self.b_ih is not None,1,0.,self.training,False,True
 
     def forward(self,
         inp, # (n,T,ni)
         h=None, # the state to begin with (n,nf); default: zeros
         c=None, # the memory to begin with (n,nf); default: zeros
     ):
-        ni,state = self.w_ih.shape[1],(len(inp),self.w_hh.shape[1])
-        if check_inp(self, inp, self.w_ih).ndim!=3 or inp.shape[-1]!=ni:
-            raise ValueError(f"{self}: inp has shape {tuple(inp.shape)}, expected (n,T,{ni})")
+        if check_inp(self, inp, self.w_ih).ndim!=3 or inp.shape[-1]!=self.ni:
+            raise ValueError(f"{self}: inp has shape {tuple(inp.shape)}, expected (n,T,{self.ni})")
+        state = len(inp),self.nf
         for k,t in dict(h=h, c=c).items():
             if t is not None and check_inp(self, t, self.w_ih, k).shape!=state:
                 raise ValueError(f"{self}: {k} has shape {tuple(t.shape)}, expected {state}")
@@ -326,4 +327,4 @@ class LSTM(Module):
         by_rule(torch.lstm, (y,*states), *args)
         for t,s in zip((h,c), args[1]):
             if t is not None: t.g = s.g[0]
-    def extra_repr(self): return f"{self.w_ih.shape[1]}, {self.w_hh.shape[1]}, bias={self.b_ih is not None}"
+    def extra_repr(self): return f"{self.ni}, {self.nf}, bias={self.b_ih is not None}"

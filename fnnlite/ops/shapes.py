@@ -120,12 +120,15 @@ def unfold_grad(out, inp, dimension, size, step):
 @gradient_of(torch.as_strided, torch.as_strided_copy, saves='inp') # its strides
 def as_strided_grad(out, inp, size, stride, storage_offset=None):
     n = inp.untyped_storage().nbytes()//inp.element_size()
-    def positions(size, stride, start): return torch.arange(n, device=inp.device).as_strided(size, stride, start).flatten()
+    every = torch.arange(n, device=inp.device)
+    def positions(size, stride, start): return every.as_strided(size, stride, start).flatten()
     own = positions(inp.shape, inp.stride(), inp.storage_offset())
-    if len(own.unique())<len(own): raise NotImplementedError('as_strided: the input shows a number more than once; take a clone() of it')
+    if len(own.unique())<len(own): raise NotImplementedError(
+        'as_strided: the input shows a number more than once; take a clone() of it')
     start = inp.storage_offset() if storage_offset is None else storage_offset
     read = positions(size, stride, start)
-    if len(read[~torch.isin(read, own)]): raise NotImplementedError('as_strided: it reads numbers that its input does not show; give it those')
+    if len(read[~torch.isin(read, own)]): raise NotImplementedError(
+        'as_strided: it reads numbers that its input does not show; give it those')
     sums = out.g.new_zeros(n).index_add(0, read, out.g.flatten())
     inp.g = sums[own].reshape(inp.shape)
 

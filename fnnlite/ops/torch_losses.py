@@ -29,7 +29,7 @@ def upstream(out, n, *how):
     return out.g/n if reduced_by(*how)=='mean' else out.g
 
 def assign(t, g):
-    "`g` as the gradient of `t`, if that wants one"
+    "`g` as the gradient of `t`, if `t` wants one"
     if wants(t): t.g = fit(g, t)
 
 # %% ../../nbs/ops/137_torch_losses.ipynb #cef36c94
@@ -166,7 +166,7 @@ def gaussian_nll_loss_grad(out, inp, targ, var, full=False, eps=1e-6, reduction=
 @gradient_of(F.hinge_embedding_loss, saves='inp targ')
 def hinge_embedding_loss_grad(out, inp, targ, margin=1.,
     size_average=None, reduce=None, reduction='mean'):
-    near,far = targ!=-1,(targ!=1)&(inp<=margin) # what is not far away is to be small
+    near,far = targ!=-1,(targ!=1)&(inp<=margin) # the losses: inp, and margin-inp
     n = near.logical_or(far).numel()
     g = upstream(out, n, reduction, size_average, reduce)
     assign(inp, g*(near.to(inp.dtype)-far.to(inp.dtype)))
