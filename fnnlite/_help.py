@@ -541,7 +541,7 @@ params = {
   "compile_step": {
    "model": "a `Model`, or any module whose output is a loss",
    "opt": "of `fnnlite.train.optimizers`",
-   "keep": "modules and parameters, by name, whose gradients (a module's: its output's) `step.g` has",
+   "keep": "names of modules (their output's) and parameters whose gradients `step.g` has",
    "compiler": "machine code? Or its operations one by one: at once, but slower steps",
    "before": "a function of each call in the walk back (see `walk`); what it does to tensors",
    "after": "and another one; what they do besides isn't part of the graph",

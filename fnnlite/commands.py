@@ -122,7 +122,7 @@ def _own_process(name):
 
 @call_parse
 def fnnlite_train(
-    data:str=None, # A folder or file with MNIST; 'full': download all (default: the package's sample)
+    data:str=None, # A folder or file with MNIST; 'full': download it (default: a sample)
     arch:str='mlp', # The net: 'mlp' or 'resnet'
     epochs:int=10, # Times through the data
     bs:int=128, # Rows in a batch
@@ -134,7 +134,7 @@ def fnnlite_train(
     out:str='models', # Folder for weights, history, curves and checkpoint
     resume:bool=False, # Go on from the checkpoint in that folder?
     compiled:bool=False, # Compile the training step? Needs a C++ compiler, and pays in long runs
-    precision:str=None, # Of matrix products on a GPU: 'highest', 'high', 'medium' (default: torch's)
+    precision:str=None, # Of matrix products on a GPU: 'highest', 'high', 'medium' (or torch's)
 ):
     "Train a net on MNIST with hand-written gradients"
     _own_process('fnnlite_train')

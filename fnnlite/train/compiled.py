@@ -365,7 +365,7 @@ class CompiledStep:
 def compile_step(
     model:Module, # a `Model`, or any module whose output is a loss
     opt:Optimizer, # of `fnnlite.train.optimizers`
-    keep=(), # modules and parameters, by name, whose gradients (a module's: its output's) `step.g` has
+    keep=(), # names of modules (their output's) and parameters whose gradients `step.g` has
     compiler:bool=True, # machine code? Or its operations one by one: at once, but slower steps
     before=None, # a function of each call in the walk back (see `walk`); what it does to tensors
     after=None, # and another one; what they do besides isn't part of the graph
