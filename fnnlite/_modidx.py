@@ -214,6 +214,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'fnnlite/core/module.py'),
                                      'fnnlite.core.module.Module._bwd_params': ( 'core/module.html#module._bwd_params',
                                                                                  'fnnlite/core/module.py'),
+                                     'fnnlite.core.module.Module._fail': ('core/module.html#module._fail', 'fnnlite/core/module.py'),
                                      'fnnlite.core.module.Module._goes_together': ( 'core/module.html#module._goes_together',
                                                                                     'fnnlite/core/module.py'),
                                      'fnnlite.core.module.Module._hooked': ('core/module.html#module._hooked', 'fnnlite/core/module.py'),
