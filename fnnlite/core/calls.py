@@ -43,7 +43,8 @@ class Record(Views, TorchFunctionMode):
     "The calls of torch's functions made inside it"
     def __init__(self, inps=(), strict=False, audit=True,
         is_outermost=False, # a node of autograd's? Then `t.requires_grad` is as without a record
-        lean=False, root=None, # keep only what rules read; the module that is called
+        lean=False, # keep only what rules read?
+        root=None, # the module that is called
     ):
         super().__init__()
         self.is_outermost = is_outermost

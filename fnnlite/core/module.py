@@ -40,8 +40,7 @@ class Use:
 # %% ../../nbs/core/116_module.ipynb #42d9865d
 class Module(nn.Module, metaclass=PrePostInitMeta):
     "A `torch.nn.Module` that records its calls. Its `bwd` is written by hand, or is the chain rule"
-    # names of what `bwd` reads the numbers of: arguments, `out`, what is kept on `out`; None: all
-    saves = None
+    saves = None # what `bwd` reads: names of arguments, `out`, what is kept on `out`; None: all
     exact = True # is `bwd` meant to be the gradient?
     _lean,_nodes,_use,_record,_earlier = False,False,None,None,()
     def __init_subclass__(cls, **kwargs):

@@ -152,7 +152,7 @@ def gradient_of(
     *fs, # functions and methods of torch's, or ones of your own that are `recorded`
     saves:str|None=None, # what the rule reads: arguments, `out`, what `forward` keeps; None: all
     forward=None, # runs in place of the function, and keeps on its output what the rule needs
-    kernel=None, # torch's own routine: returns a gradient, a tuple, or None where the rule does it
+    kernel=None, # torch's routine: returns the first gradient, or a tuple; None: the rule does it
     exact:bool=True, # is the rule meant to be the gradient?
 ):
     "Register a rule of `fs`: `rule(out, *args, **kwargs)` assigns `.g` to the arguments"
