@@ -24,9 +24,9 @@ params = {
   },
   "gradient_of": {
    "*fs": "functions and methods of torch's, or ones of your own that are `recorded`",
-   "saves": "the arguments whose numbers the rule reads, `out`, what `forward` keeps; None: all",
+   "saves": "what the rule reads: arguments, `out`, what `forward` keeps; None: all",
    "forward": "runs in place of the function, and keeps on its output what the rule needs",
-   "kernel": "torch's own routine: returns the first tensor's gradient, or a tuple; None: the rule does it",
+   "kernel": "torch's routine: returns the first gradient, or a tuple; None: the rule does it",
    "exact": "is the rule meant to be the gradient?"
   },
   "elementwise": {
@@ -41,7 +41,7 @@ params = {
    "starts": "pairs of a source, (call, output) or leaf, and the gradient to start from there",
    "calls": "of a record, to walk over; each leaves the list when its turn has come",
    "before": "is called with each call before its rule runs, and may replace `call.out.g`",
-   "after": "and after it, and may replace the `.g` of `call.args` and `call.params`, this call's share",
+   "after": "and after it; may replace its share, the `.g` of `call.args` and `call.params`",
    "free": "keep no gradient longer than it is needed?",
    "ready": "is called with each parameter as soon as it has its `.g`",
    "returns": "the gradient of each source: (call, output) or leaf"
@@ -60,6 +60,11 @@ params = {
   }
  },
  "fnnlite.core.calls": {
+  "Record": {
+   "is_outermost": "a node of autograd's? Then `t.requires_grad` is as without a record",
+   "lean": "keep only what rules read?",
+   "root": "the module that is called"
+  },
   "Record.backward": {
    "out": "a tensor in the record, or several",
    "g": "its gradient; default: 1, for a single number",
@@ -93,17 +98,17 @@ params = {
  },
  "fnnlite.core.module": {
   "Module": {
-   "saves": "what `bwd` reads the numbers of, in one string: arguments, `out`, names kept on `out`; None: everything",
+   "saves": "what `bwd` reads: names of arguments, `out`, what is kept on `out`; None: all",
    "exact": "is `bwd` meant to be the gradient?"
   },
   "Module.backward": {
-   "g": "gradient with respect to the output (several for several outputs); default: the `.g` it already has, or 1 for a scalar",
+   "g": "gradient of the output, or of each; default: its `.g`, or 1 for a single number",
    "free": "let go of each call's record as soon as the walk has passed it?",
-   "ready": "is called with each parameter in the record as soon as its `.g` won't change any more in this walk",
+   "ready": "is called with each parameter as soon as the walk has all of its `.g`",
    "before, after": "see `walk`"
   },
   "Module.retain": {
-   "on": "or let go of every tensor whose numbers no rule will read, and of each call as soon as a walk has passed it?"
+   "on": "or let go of what no rule will read, and of each call that is walked?"
   },
   "Module.as_nodes": {
    "on": "or the whole call as one node?"
@@ -113,7 +118,7 @@ params = {
   "check_inp": {
    "module": "who asks",
    "inp": "its input",
-   "like": "a parameter that goes with it",
+   "like": "a parameter of the same dtype (autocast may mix them) and device",
    "name": "the argument's name"
   },
   "test_near": {
@@ -128,9 +133,9 @@ params = {
    "rtol": "relative tolerance",
    "atol": "absolute tolerance",
    "eps": "step of the finite differences",
-   "most": "elements a tensor that finite differences try, drawn at random where there are more",
+   "most": "elements a tensor that finite differences try, drawn at random from more",
    "show": "print the table?",
-   "hints": "for an exercise: say of each gradient what is wrong, and return whether all are right"
+   "hints": "for an exercise: say what is wrong, and return whether all is right"
   },
   "autograd_gap": {
    "module": "a module, which is copied, or a function",

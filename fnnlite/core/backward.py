@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from weakref import ref
 import torch
 from . import guards
-from .record import GradError, as_it_is, floats, is_float, is_param, maptree, path, tensors
+from .record import GradError, as_it_is, floats, is_float, is_param, maptree
+from .record import path, tensors
 from .rules import NotSaved, name_of
 
 # %% ../../nbs/core/110_backward.ipynb #be00288a
@@ -22,23 +23,25 @@ def kept_on(outs):
 
 class Call:
     "One use of a function or of a layer: what was called, what came in, what came out"
-    def __init__(self, n, f, rule, own, args, kwargs, out, outs, sources, modules, kept=None): # modules: see `around`
+    def __init__(self, n, f, rule, own, args, kwargs, out, outs, sources, modules, kept=None):
         self.n,self.f,self.rule,self.sources = n,f,rule,sources
         self.own,self.args,self.kwargs,self.out = own,args,kwargs,out # own: a layer's parameters
-        self.module,self.root = (modules[0],modules[-1]) if modules else (None,None)
+        self.module,self.root = (modules[0],modules[-1]) if modules else (None,None) # see `around`
         self.outs,self.n_outs,self.kept = outs,len(outs),kept_on(outs) if kept is None else kept
         self.kept_was = as_it_is(self.kept) if any(self.kept) else None
         self.autocast = rule.autocast_now(outs) # that the rule wants to run under
 
     param_aliases,walked,has_params = (),False,False
     def notice(self, ts):
-        "From now on the numbers of `ts` must stay as they are, if the rule reads them; no version counts `p.data = ...`"
+        "From now on the numbers of `ts` must stay as they are, if the rule reads them"
         self.noted,self.versions = ts,[t._version for t in ts]
+        # no version counts `p.data = ...`
         self.memory = guards.memory_of(filter(is_param, ts)) if self.has_params else ()
 
     def made(self):
         "The tensors that it made, as far as they are still there"
-        return self.outs if self.made_here is None else [o for r in self.made_here if (o := r()) is not None]
+        if self.made_here is None: return self.outs
+        return [o for r in self.made_here if (o := r()) is not None]
 
     made_here = None
     def lighten(self):
@@ -65,8 +68,11 @@ class Call:
     @property
     def params(self):
         "The parameters that came in; in `before` and `after`, their aliases"
-        return self.param_aliases or [*self.own, *(t for t in floats((self.args,self.kwargs)) if is_param(t))]
-    def __repr__(self): return self.path if self.own or self.rule.is_layer else f"{self.path}: {self.name}" if self.module else self.name
+        if self.param_aliases: return self.param_aliases
+        return [*self.own, *filter(is_param, floats((self.args,self.kwargs)))]
+    def __repr__(self):
+        if self.own or self.rule.is_layer: return self.path
+        return f"{self.path}: {self.name}" if self.module else self.name
 
 class Leaf:
     "A tensor that no call made and whose gradient is wanted"
@@ -77,7 +83,7 @@ def walk(
     starts:list, # pairs of a source, (call, output) or leaf, and the gradient to start from there
     calls:list, # of a record, to walk over; each leaves the list when its turn has come
     before=None, # is called with each call before its rule runs, and may replace `call.out.g`
-    after=None, # and after it, and may replace the `.g` of `call.args` and `call.params`, this call's share
+    after=None, # and after it; may replace its share, the `.g` of `call.args` and `call.params`
     free:bool=False, # keep no gradient longer than it is needed?
     ready=None, # is called with each parameter as soon as it has its `.g`
 )->dict: # the gradient of each source: (call, output) or leaf
@@ -85,7 +91,8 @@ def walk(
     grads,left_out = {},{}
     def add(source, g): grads[source] = grads[source]+g if source in grads else g
     for source,g in starts: add(source, g)
-    take,ahead,given = grads.pop if free else grads.get,Counter(leaves_of(calls)) if ready else {},[]
+    take,given = grads.pop if free else grads.get,[]
+    ahead = Counter(leaves_of(calls)) if ready else {} # how often each leaf will still be met
     with torch.no_grad(), undone_after_an_error(given):
         while calls:
             call = calls.pop()
@@ -113,8 +120,9 @@ def undone_after_an_error(given):
         raise
 
 def may_be_left_out(call, source):
-    "May the rule leave out the gradient of `source`? A layer's, of an input that nobody asks for: the lesson's losses do, of the target"
-    return call.rule.is_layer and call.rule.exact and type(source) is Leaf and not source.t.requires_grad
+    "May the rule leave out the gradient of `source`? The lesson's losses do, of the target"
+    if not (call.rule.is_layer and call.rule.exact): return False
+    return type(source) is Leaf and not source.t.requires_grad
 
 def leaves_of(calls): return [s for c in calls for s in c.sources if type(s) is Leaf]
 
@@ -123,9 +131,10 @@ def give(p, g):
     if g is not None: p.grad = g if p.grad is None else p.grad+g
 
 def put(t, g, by):
-    "Put `g` on `t`, which came in. What another walk of the same pass has put there is part of the sum; if that is unknown, so is the sum"
+    "Put `g` on `t`, which came in: added to what another walk of the same pass has put there"
     was = getattr(t, 'g_by', None)
-    if was not in (None,by) and by is not None and was[-1]==by[-1]: g = None if t.g is None or g is None else t.g+g
+    if was not in (None,by) and by is not None and was[-1]==by[-1]:
+        g = None if t.g is None or g is None else t.g+g # None: unknown, and so is the sum
     t.g,t.g_by = g,by
 
 def publish(
@@ -142,9 +151,12 @@ def publish(
     for call in calls:
         for i,o in enumerate(call.outs):
             guards.no_hook_inside(o)
-            if rec.is_from(o, call.n, i): o.g,o.g_by = grads.get((call.n,i)),None # else another call gave it, before or after
+            if not rec.is_from(o, call.n, i): continue # another call gave it, before or after
+            o.g,o.g_by = grads.get((call.n,i)),None
     for source in grads: # what came into the first of `calls` from earlier ones
-        if type(source) is tuple and source[0]<start: put(rec.made[source[0]].outs[source[1]], grads[source], by)
+        if type(source) is tuple and source[0]<start:
+            n,i = source
+            put(rec.made[n].outs[i], grads[source], by)
     for leaf in leaves:
         if is_param(leaf.t): give(leaf.t, grads.get(leaf))
         elif leaf in grads: put(leaf.t, grads[leaf], by)
@@ -180,7 +192,8 @@ def shares(
         guards.can_replace(call, seen.out)
     run(seen)
     if after:
-        with guards.replaces_only(seen, 'after', [*floats(seen.out), *(a for a,_ in wanted)]): after(seen)
+        given = [*floats(seen.out), *(a for a,_ in wanted)]
+        with guards.replaces_only(seen, 'after', given): after(seen)
     gs = []
     for a,t in wanted:
         g = a.g
@@ -189,16 +202,19 @@ def shares(
             if g is not None: g = g.to(t.dtype)
         gs.append(g)
     if call.has_params:
-        others = (seen.args,seen.kwargs,seen.out,[o.g for o in floats(seen.out)],[v for k in seen.kept for v in k.values()])
-        in_memory_of_their_own(gs, [t for _,t in wanted], floats(others))
+        given = [o.g for o in floats(seen.out)]
+        others = floats((seen.args,seen.kwargs,seen.out,seen.kept,given))
+        in_memory_of_their_own(gs, [t for _,t in wanted], others)
     gs = iter(gs)
     return [None if s is None else next(gs) for s in call.sources]
 
 def in_memory_of_their_own(gs, ts, others):
-    "Clone what a parameter among `ts` would share of the gradients `gs` with `others`, for its gradient may be changed in place"
+    "Clone the gradients of parameters that share memory: the optimizer may change them in place"
     for i,(g,t) in enumerate(zip(gs, ts)):
         if g is None: continue
-        if is_param(t) and (g._is_view() or any([o is g or torch._C._is_alias_of(o, g) for o in others])): gs[i] = g.clone()
+        if is_param(t):
+            shared = g._is_view() or any([o is g or torch._C._is_alias_of(o, g) for o in others])
+            if shared: gs[i] = g.clone()
         others.append(g)
 
 def run(call):
@@ -208,7 +224,8 @@ def run(call):
     try:
         if not torch._C._is_any_autocast_enabled() and call.autocast is None: call.rule.run(call)
         else:
-            with call.autocast or torch.autocast(gs[0].device.type, enabled=False): call.rule.run(call)
+            autocast = call.autocast or torch.autocast(gs[0].device.type, enabled=False)
+            with autocast: call.rule.run(call)
     except NotSaved as e: raise GradError(f"{call}: {e}") from e
     except Exception as e:
         guards.with_shapes(e, call)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves, tree_map
 from .calls import Record, here
-from .guards import no_hooks, shown_as_it_was
+from .guards import no_hooks, shape, shown_as_it_was
 from .record import GradError, internals, is_float, is_param, tensors, traced, wants
 from .rules import Kind, registry
 
@@ -27,18 +27,23 @@ class Boundary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rec, outs, *asked):
         ctx.sources,ctx.asked = [rec.source(o, 'forward') for o in outs],asked
-        ctx.shown = [(o,o._version) for o in showing(outs, [leaf.t for leaf in rec.leaves.values()])]
+        leaves = [leaf.t for leaf in rec.leaves.values()]
+        ctx.shown = [(o,o._version) for o in showing(outs, leaves)]
         ctx.save_for_backward(nothing)
         return tuple(o.detach() for o in outs)
 
     @staticmethod
     def backward(ctx, *gs):
-        if torch.is_grad_enabled(): raise GradError("backward: create_graph=True asks for a second derivative, which isn't recorded")
+        if torch.is_grad_enabled():
+            raise GradError("backward: create_graph=True asks for a second derivative, "
+                "which isn't recorded")
         ctx.saved_tensors
         rec,here.held = here.held.rec,None
         for o,version in ctx.shown: shown_as_it_was(o, version)
         starts = [(source,g) for source,g in zip(ctx.sources, gs) if g is not None]
-        with walks_alone(rec, 'autograd'): grads = rec.walk_back(starts, asked=ctx.asked, free=rec.lean) if starts else {}
+        grads = {}
+        with walks_alone(rec, 'autograd'):
+            if starts: grads = rec.walk_back(starts, asked=ctx.asked, free=rec.lean)
         rec.show_outside()
         return None,None,*(grads.get(id(t)) for t in ctx.asked)
 
@@ -50,7 +55,7 @@ def showing(outs, ts):
 
 nothing = torch.empty(0)
 class Held:
-    "What autograd saves for the node: the record. It lets go of it when it has walked, as of saved tensors"
+    "What autograd saves for the node: the record. It goes after the walk, as saved tensors do"
     def __init__(self, rec): self.rec,rec.held = rec,ref(self)
     def pack(self, t): return self
 def unpack(held):
@@ -59,7 +64,8 @@ def unpack(held):
 
 def as_node(rec, outs, asked):
     "`outs` as outputs of one node"
-    with torch.autograd.graph.saved_tensors_hooks(Held(rec).pack, unpack): return Boundary.apply(rec, outs, *asked)
+    with torch.autograd.graph.saved_tensors_hooks(Held(rec).pack, unpack):
+        return Boundary.apply(rec, outs, *asked)
 
 def walked_by_hand(rec):
     "The node needs the record no longer"
@@ -68,29 +74,38 @@ def walked_by_hand(rec):
 
 @contextmanager
 def walks_alone(rec, who):
-    "Refuse to walk by hand over what autograd has walked, or the other way round: the parameters would have the gradient twice"
-    if rec is None or rec.walked_by not in (None,who): raise GradError("backward: the gradients of this call are there already, from "
-        f"{'backward() of the module' if who=='autograd' else 'backward() on the loss'}: use one of the two")
+    "Refuse to walk by hand and by autograd: the parameters would have the gradient twice"
+    if rec is None or rec.walked_by not in (None,who):
+        other = 'backward() of the module' if who=='autograd' else 'backward() on the loss'
+        raise GradError("backward: the gradients of this call are there already, "
+            f"from {other}: use one of the two")
     yield
     rec.walked_by = who
 
 def is_live(rec, o):
     "Does a gradient go through the output `o`? GradError if it was changed unseen"
-    return isinstance(o, Tensor) and o.is_floating_point() and rec.is_output(o) and isinstance(rec.source(o, 'forward'), tuple)
+    if not (isinstance(o, Tensor) and o.is_floating_point() and rec.is_output(o)): return False
+    return isinstance(rec.source(o, 'forward'), tuple)
 
 def left_on(modules)->dict:
     "What a forward left on its modules, an auxiliary loss perhaps, by module and attribute"
-    return {(m,k):v for m in modules for k,v in vars(m).items() if k not in internals and isinstance(v, (Tensor,list,tuple,dict))}
+    kinds = Tensor,list,tuple,dict
+    return {(m,k):v for m in modules for k,v in vars(m).items()
+        if k not in internals and isinstance(v, kinds)}
 
 def from_outside(f, rec, ts):
-    "Refuse an output of `f` that no call made, and that wasn't there before: its gradient would be lost"
+    "Refuse an output of `f` that is new and that no call made: its gradient would be lost"
     for t in ts:
-        if isinstance(t, Tensor) and is_float(t) and wants(t) and not (hasattr(t, 'mark') or is_param(t) or id(t) in rec.leaves or id(t) in rec.buffers):
-            raise GradError(f"{type(f).__name__}: a tensor of shape {tuple(t.shape)} was computed unseen by the record, "
-                "and its gradient would be lost: Wrap what computes it")
+        if not (isinstance(t, Tensor) and is_float(t) and wants(t)): continue
+        if hasattr(t, 'mark') or is_param(t): continue
+        if id(t) in rec.leaves or id(t) in rec.buffers: continue
+        raise GradError(f"{type(f).__name__}: {shape(t)} was computed unseen by the record, "
+            "and its gradient would be lost: Wrap what computes it")
 
-def used_outside(g): raise GradError(f"backward: a tensor of shape {tuple(g.shape)} was made inside a module's forward, is not in what the forward "
-    "returned, and was used outside: return it, or keep it as an attribute of a module")
+def used_outside(g):
+    raise GradError(f"backward: {shape(g)} was made inside a module's forward, is not in what "
+        "the forward returned, and was used outside: "
+        "return it, or keep it as an attribute of a module")
 
 def of_an_earlier_pass(inps):
     "Take the `.g` away from inputs that autograd hasn't made"
@@ -104,19 +119,23 @@ def recorded_call(
     "`f(*args, **kwargs)` as one node of autograd's graph"
     inps = tensors((args,kwargs), openly=False)
     of_an_earlier_pass(inps)
-    modules,lean = list(f.modules()) if isinstance(f, nn.Module) else [],getattr(f, '_lean', False)
+    modules = list(f.modules()) if isinstance(f, nn.Module) else []
+    root,lean = modules[0] if modules else None,getattr(f, '_lean', False)
     for m in modules: no_hooks(m)
-    rec = Record(inps, strict=True, audit=False, is_outermost=True, lean=lean, root=modules[0] if modules else None)
+    rec = Record(inps, strict=True, audit=False, is_outermost=True, lean=lean, root=root)
     rec.buffers.update((id(b),b) for m in modules for b in m._buffers.values() if b is not None)
-    for p in (p for m in modules for p in m._parameters.values()): # `torch.func.functional_call` puts other tensors there
+    # `torch.func.functional_call` puts other tensors in place of parameters
+    for p in (p for m in modules for p in m._parameters.values()):
         if type(p) is not nn.Parameter and wants(p) and not is_param(p): rec.leaf(p)
     with rec: out = f(*args, **kwargs)
     left = left_on(modules)
     from_outside(f, rec, tree_leaves(out))
-    outs = list({id(o):o for o in tree_leaves((out,list(left.values())) if left else out) if is_live(rec, o)}.values())
+    came_out = tree_leaves((out,list(left.values())) if left else out)
+    outs = list({id(o):o for o in came_out if is_live(rec, o)}.values())
     asked = [leaf.t for leaf in rec.leaves.values() if leaf.t.requires_grad]
     if traced(): return out,rec,out
-    shown = as_node(rec, outs, asked) if outs and asked else [o.detach() for o in outs] # nothing requires grad: plain tensors
+    if outs and asked: shown = as_node(rec, outs, asked)
+    else: shown = [o.detach() for o in outs] # nothing requires grad: plain tensors
     nodes = dict(zip(map(id, outs), shown))
     rec.outside = [(o,ref(nodes[id(o)]),o._version) for o in outs]
     autograds = lambda o: tree_map(lambda t: nodes.get(id(t), t), o)
@@ -131,7 +150,8 @@ def recorded_call(
 def watch_outside(rec):
     "Refuse, on the way back, what was made inside and used outside without having been returned"
     outs = {id(o):o for call in rec.made for o in call.made() if rec.is_output(o)}.values()
-    for o in sorted(outs, key=lambda o: not o._is_view()): # with a base that requires grad already, torch might die of a view's hook
+    # views first: torch might crash at a hook on a view whose base requires grad already
+    for o in sorted(outs, key=lambda o: not o._is_view()):
         try: o.requires_grad_().register_hook(used_outside)
         except RuntimeError: pass # then autograd itself refuses to use it
 
@@ -141,16 +161,20 @@ def recorded(f):
     @wraps(f)
     def call(*args, **kwargs):
         rec = getattr(here, 'record', None)
-        if rec is not None: return f(*args, **kwargs) if rec.busy else rec.one_call(Kind(call), args, kwargs)
-        if getattr(here, 'through', False) or not (rule := registry.get(call)): return f(*args, **kwargs)
-        if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors((args,kwargs), openly=False)): return f(*args, **kwargs)
+        if rec is not None and not rec.busy: return rec.one_call(Kind(call), args, kwargs)
+        rule = None if rec is not None or getattr(here, 'through', False) else registry.get(call)
+        wanted = rule and torch.is_grad_enabled() and any(
+            t.requires_grad for t in tensors((args,kwargs), openly=False))
+        if not wanted: return f(*args, **kwargs)
         if not is_transformed(): return recorded_call(call, *args, **kwargs)[0]
-        if not rule.exact: raise GradError(f"{f.__name__}: torch would take the derivative of the function here, and its rule "
-            "isn't meant to be that (exact=False): use it in a recording()")
+        if not rule.exact:
+            raise GradError(f"{f.__name__}: torch would take the derivative of the function here, "
+                "and its rule isn't meant to be that (exact=False): use it in a recording()")
         return f(*args, **kwargs)
     call.ours = True
     return call
 
 def is_transformed():
-    "Is torch about to differentiate what runs here by other means than a record: torch.compile, torch.func, forward mode?"
-    return is_compiling() or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level>=0
+    "Will torch.compile, torch.func or forward mode differentiate what runs here, without a record?"
+    if is_compiling() or torch._C._are_functorch_transforms_active(): return True
+    return torch.autograd.forward_ad._current_level>=0

@@ -12,7 +12,8 @@ from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from . import guards
 from .backward import Call, Leaf, publish, walk
-from .record import GradError, floats, is_float, is_param, maptree, path, plain, tensors, traced, wants
+from .record import GradError, floats, is_float, is_param, maptree, path, plain
+from .record import tensors, traced, wants
 from .rules import Kind, asks, base_name, cuts, kinds, modes, name_of
 from .views import Views, settled
 
@@ -20,13 +21,14 @@ from .views import Views, settled
 numbers,here = itertools.count(),threading.local() # here.record: the one that this thread is in
 
 class Shortcuts:
-    "torch's, which no record sees: attention's in evaluation mode, and compiled parts. Records in several threads leave them together"
-    def __init__(self): self.lock,self.records = threading.Lock(),0
+    "torch's, which no record sees: attention's in evaluation mode, and compiled parts"
+    def __init__(self): self.lock,self.records = threading.Lock(),0 # in all threads
     def leave(self):
         with self.lock:
             if not self.records:
                 self.was = torch.backends.mha.get_fastpath_enabled()
-                self.compiled = torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else None
+                compiles = 'torch._dynamo' in sys.modules
+                self.compiled = torch.compiler.set_stance('force_eager') if compiles else None
             torch.backends.mha.set_fastpath_enabled(False)
             self.records += 1
     def back(self):
@@ -39,9 +41,13 @@ shortcuts = Shortcuts()
 
 class Record(Views, TorchFunctionMode):
     "The calls of torch's functions made inside it"
-    def __init__(self, inps=(), strict=False, audit=True, is_outermost=False, lean=False, root=None):
+    def __init__(self, inps=(), strict=False, audit=True,
+        is_outermost=False, # a node of autograd's? Then `t.requires_grad` is as without a record
+        lean=False, # keep only what rules read?
+        root=None, # the module that is called
+    ):
         super().__init__()
-        self.is_outermost = is_outermost # is it a node of autograd's? Then `t.requires_grad` says what it would; else, what has a gradient here
+        self.is_outermost = is_outermost
         self.number,self.made,self.leaves,self.strict = next(numbers),[],{},strict
         self.views = {} # by their id
         self.is_traced = traced()
@@ -62,17 +68,21 @@ class Record(Views, TorchFunctionMode):
         g=None, # its gradient; default: 1, for a single number
         before=None, after=None, # see `walk`
     ):
-        "Walk back from `out`: afterwards every tensor that came into a call, or out of one, has its `.g`"
+        "Walk back from `out`: then every tensor that entered or left a call has its `.g`"
         outs,gs = ([out],[g]) if isinstance(out, Tensor) else (list(out),g or [None]*len(out))
         self.walk_back(self.starts(outs, gs), before=before, after=after)
 
     def starts(self, outs, gs):
         "Where the gradients `gs` of `outs` belong"
-        return [(guards.can_start(self, o, g), torch.ones_like(o) if g is None else g.detach() if g.requires_grad else g)
-            for o,g in zip(outs, gs, strict=True)]
+        starts = []
+        for o,g in zip(outs, gs, strict=True):
+            source = guards.can_start(self, o, g)
+            if g is None: g = torch.ones_like(o)
+            starts.append((source, g.detach() if g.requires_grad else g))
+        return starts
 
     def walk_back(self, starts, calls=slice(None), asked=(), free=False, **kwargs)->dict:
-        "Walk over `calls` and put the gradients on the tensors; those that autograd asked for, by their id"
+        "Walk over `calls`, put the gradients on the tensors, and return those of `asked`, by id"
         guards.still_there(self)
         guards.can_reach(starts, calls)
         guards.apart_in_memory([leaf.t for leaf in self.leaves.values() if is_param(leaf.t)])
@@ -83,7 +93,8 @@ class Record(Views, TorchFunctionMode):
         if free: self.made,self.used,self.freed = [],[],True
         grads = walk(starts, todo, free=free, **kwargs)
         for call in walked: call.walked = True
-        if not torch._C._are_functorch_transforms_active(): publish(self, grads, walked, asked) # else a gradient is several, of `is_grads_batched`
+        if not torch._C._are_functorch_transforms_active(): # `is_grads_batched`: several at once
+            publish(self, grads, walked, asked)
         return {id(t):grads[leaf] for t in asked if (leaf := self.leaf(t)) in grads}
 
     def shown(self, out):
@@ -91,9 +102,12 @@ class Record(Views, TorchFunctionMode):
         shown = {id(o):t for o,outside,_ in self.outside if (t := outside()) is not None}
         return maptree(lambda o: shown.get(id(o), o), out) if shown else out
     def show_outside(self):
-        "Give the tensors that autograd knows the `.g` of those that the record knows, unless they have other numbers now"
+        "Give the tensors that autograd knows the `.g` of the record's, while they are unchanged"
         for o,outside,version in self.outside:
-            if (t := outside()) is not None: t.g,t.g_by = None if t._version!=version else t.g if self.lean else o.g,None
+            if (t := outside()) is None: continue
+            if t._version!=version: t.g = None
+            elif not self.lean: t.g = o.g
+            t.g_by = None
 
     # where a tensor came from
 
@@ -129,7 +143,8 @@ class Record(Views, TorchFunctionMode):
         "Is `t` a buffer of the modules in use?"
         if is_param(t): return False
         if id(t) not in self.buffers:
-            for m in self.around(everything=True)[-1:]: self.buffers.update((id(b),b) for b in m.buffers())
+            for m in self.around(everything=True)[-1:]:
+                self.buffers.update((id(b),b) for b in m.buffers())
         return id(t) in self.buffers
 
     # a call
@@ -151,8 +166,12 @@ class Record(Views, TorchFunctionMode):
     def called(self, f, args, kwargs):
         "Run `f`; if a gradient will go through it, note the call"
         kind = kinds.get(f) or kinds.setdefault(f, Kind(f))
-        if kind.looks and not (self.is_traced and f is Tensor.tolist): return self.asks_gradient(args[0]) or f(*args) if f==asks else f(*args, **kwargs)
-        if kind.special: return self.switched(f, args) if f in modes else self.set_requires_grad(f, args, kwargs)
+        if kind.looks and not (self.is_traced and f is Tensor.tolist):
+            if f==asks: return self.asks_gradient(args[0]) or f(*args)
+            return f(*args, **kwargs)
+        if kind.special:
+            if f in modes: return self.switched(f, args)
+            return self.set_requires_grad(f, args, kwargs)
         guards.can_see(self, f)
         if self.is_traced: guards.stays_in_graph(self, f)
         if kind.body is not None: return self.inside(kind.body, args, kwargs)
@@ -167,10 +186,12 @@ class Record(Views, TorchFunctionMode):
         sources = [] if self.no_grad or kind.cuts else [self.source(t, f) for t in ts]
         if not any(sources): return self.constant(f, args, kwargs, ts, versions)
         if kind.escapes: guards.stays_inside(self, f)
-        if 'out' in kwargs and isinstance(kwargs['out'], Tensor): self.fail(f, "writes what has a gradient into out=: leave it out")
+        if 'out' in kwargs and isinstance(kwargs['out'], Tensor):
+            self.fail(f, "writes what has a gradient into out=: leave it out")
         if kind.in_place or kind.may_be_in_place and rule.in_place(args, kwargs):
             target = args[0] if args else next(iter(kwargs.values()))
-            if isinstance(target, Tensor) and not is_float(target): return self.constant(f, args, kwargs, ts, versions)
+            if isinstance(target, Tensor) and not is_float(target):
+                return self.constant(f, args, kwargs, ts, versions)
             return self.in_place(f, rule, args, kwargs, ts, sources, versions)
         out = self.plain(self.forward_of(kind, came_in), args, kwargs)
         given = {*map(id, ts)}
@@ -187,7 +208,7 @@ class Record(Views, TorchFunctionMode):
         return out
 
     def forward_of(self, kind, came_in):
-        "What runs: the function, or ours in its place. One's own is watched: does it use what it was given alone?"
+        "What runs: the function, or ours in its place. One's own is watched: what does it use?"
         run = kind.rule.forward if kind.rule and kind.rule.forward else kind.f
         if not kind.ours or kind.rule and kind.rule.is_known: return run
         return guards.only_its_own(run, name_of(kind.f), came_in, self.has_gradient)
@@ -198,14 +219,18 @@ class Record(Views, TorchFunctionMode):
             consts = {id(t) for t,source in zip(ts, sources) if source is None and not t.ndim}
             args,kwargs = settled(args, consts),settled(kwargs, consts)
             came_in = tensors((own,args,kwargs))
-        modules = self.around() if not rule.is_layer else [f.module,self.root] if self.root is not None else [f.module,*self.around()]
+        if not rule.is_layer: modules = self.around()
+        elif self.root is not None: modules = [f.module,self.root]
+        else: modules = [f.module,*self.around()]
         call = Call(len(self.made), f, rule, own, args, kwargs, out, outs, sources, modules, kept)
         call.has_params = bool(own) or any([type(t) is not Tensor and is_param(t) for t in ts])
-        call.asked = any([s.t.requires_grad if type(s) is Leaf else self.made[s[0]].asked for s in sources if s])
+        call.asked = any([s.t.requires_grad if type(s) is Leaf else self.made[s[0]].asked
+            for s in sources if s])
         self.made.append(call)
         given = {*map(id, ts)}
         for i,o in enumerate(outs):
-            if id(o) not in given or o is out: self.mark(o, None if rule.is_layer and not wants(o) else call.n, i)
+            if id(o) not in given or o is out:
+                self.mark(o, None if rule.is_layer and not wants(o) else call.n, i)
         call.lighten() if self.lean else call.notice(came_in+tensors(out))
 
     def is_from(self, t, n, i):
@@ -219,7 +244,8 @@ class Record(Views, TorchFunctionMode):
 
     def has_gradient(self, t):
         "Is `t` the output of a call, or a leaf?"
-        return self.is_output(t) or id(t) in self.leaves and (getattr(t, 'mark', None) or (None,))[0]!=self.number
+        if self.is_output(t): return True
+        return id(t) in self.leaves and (getattr(t, 'mark', None) or (None,))[0]!=self.number
 
     def asks_gradient(self, t):
         "What `t.requires_grad` says"
@@ -233,7 +259,9 @@ class Record(Views, TorchFunctionMode):
         out = self.plain(f, args, kwargs)
         guards.unchanged(self, f, ts, versions)
         changed = [t for t,v in zip(ts, versions) if t._version!=v and hasattr(t, 'mark')]
-        for t in changed+not_among(ts, out): self.new_leaf(t) if t.requires_grad and not t._is_view() else self.mark(t, None) # a view says what its base does
+        for t in changed+not_among(ts, out):
+            if t.requires_grad and not t._is_view(): self.new_leaf(t)
+            else: self.mark(t, None) # a view requires grad if its base does
         for t in changed: self.constant_behind(t)
         if f not in cuts: self.look_for_views(ts, out, floats(out), f, args, kwargs)
         elif base_name(f)=='detach': self.mark(ts[0], None)
@@ -247,7 +275,7 @@ class Record(Views, TorchFunctionMode):
         finally: torch._C._set_grad_enabled(grad)
 
     def set_requires_grad(self, f, args, kwargs):
-        "`t.requires_grad_()`: a constant becomes a leaf; what came out of a call has a gradient anyway"
+        "`t.requires_grad_()` makes a constant a leaf; an output of a call has a gradient anyway"
         t = args[0]
         if self.is_output(t): return t
         guards.stays_as_it_is(self, f, t, kwargs.get('requires_grad', (*args,True)[1]))
@@ -280,7 +308,8 @@ class Record(Views, TorchFunctionMode):
         if not self.depth: self.end()
 
     def begin(self):
-        if getattr(here, 'record', None) is not None: raise GradError("recording() inside a recording(): use the one that is there")
+        if getattr(here, 'record', None) is not None:
+            raise GradError("recording() inside a recording(): use the one that is there")
         guards.entered_once(self)
         guards.no_global_hooks(self)
         self.no_grad = not torch.is_grad_enabled()
@@ -298,7 +327,7 @@ class Record(Views, TorchFunctionMode):
         here.record = None
 
     def around(self, everything=False)->list:
-        "The modules whose methods are running, the innermost first and the root last: found on Python's stack, for torch tells nobody"
+        "The modules whose methods are running, the innermost first, the root last"
         found,frame = [],sys._getframe(2)
         while frame is not None and id(frame)!=self.within:
             if frame.f_code.co_varnames[:1]==('self',):
@@ -322,5 +351,5 @@ def recording(
     *inps, # if given, no other tensor from outside may come in, but parameters
     audit:bool=True, # notice what is computed unseen? It takes time
 )->Record:
-    "`with recording() as rec:` records calls of torch's functions; `rec.backward(loss)` walks back over them"
+    "`with recording() as rec:` records calls of torch's functions; `rec.backward(loss)` walks back"
     return Record(inps, strict=bool(inps), audit=audit)

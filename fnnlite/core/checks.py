@@ -20,15 +20,19 @@ from .rules import name_of
 def check_inp(
     module, # who asks
     inp:Tensor, # its input
-    like:Tensor=None, # a parameter that goes with it
+    like:Tensor=None, # a parameter of the same dtype (autocast may mix them) and device
     name:str='inp', # the argument's name
 ):
-    "`inp`, or TypeError or ValueError unless it is a real floating-point tensor with elements, of `like`'s dtype (autocast may mix them) and device"
-    if not isinstance(inp, Tensor): raise TypeError(f"{module}: {name} is of type {type(inp).__name__}, expected a tensor")
-    if not inp.is_floating_point(): raise TypeError(f"{module}: {name} has dtype {inp.dtype}, expected a floating-point one")
-    if like is not None and inp.dtype!=like.dtype and not torch.is_autocast_enabled(inp.device.type):
-        raise TypeError(f"{module}: {name} has dtype {inp.dtype}, expected {like.dtype}")
-    if like is not None and inp.device!=like.device: raise ValueError(f"{module}: {name} is on device {inp.device}, expected {like.device}")
+    "`inp`; TypeError or ValueError unless it is a floating-point tensor with elements, like `like`"
+    if not isinstance(inp, Tensor):
+        raise TypeError(f"{module}: {name} is of type {type(inp).__name__}, expected a tensor")
+    if not inp.is_floating_point():
+        raise TypeError(f"{module}: {name} has dtype {inp.dtype}, expected a floating-point one")
+    if like is not None:
+        if inp.dtype!=like.dtype and not torch.is_autocast_enabled(inp.device.type):
+            raise TypeError(f"{module}: {name} has dtype {inp.dtype}, expected {like.dtype}")
+        if inp.device!=like.device:
+            raise ValueError(f"{module}: {name} is on device {inp.device}, expected {like.device}")
     if inp.numel()==0: raise ValueError(f"{module}: {name} is empty, of shape {tuple(inp.shape)}")
     return inp
 
@@ -43,15 +47,19 @@ def test_near(
     rtol:float=1e-3, # relative tolerance
     atol:float=1e-5, # absolute tolerance
 ):
-    "Raise AssertionError, naming the worst element, unless `a` is near `b` and has its shape and dtype"
+    "AssertionError with the worst element, unless `a` is near `b` and has its shape and dtype"
     a = torch.as_tensor(a)
-    torch.testing.assert_close(a, torch.as_tensor(b, dtype=a.dtype if isinstance(b, (int,float)) else None), rtol=rtol, atol=atol)
+    dtype = a.dtype if isinstance(b, (int,float)) else None
+    torch.testing.assert_close(a, torch.as_tensor(b, dtype=dtype), rtol=rtol, atol=atol)
 test_near.__test__ = False # pytest: not a test by itself
 
 # %% ../../nbs/core/117_checks.ipynb #159826cf
 def _twin(module, args):
     "A float64 copy of `module` and `args`, with nothing frozen or marked"
-    double = lambda t: t.detach().to(torch.complex128 if t.is_complex() else torch.float64).clone(memory_format=torch.contiguous_format) if is_float(t) else t
+    def double(t):
+        if not is_float(t): return t
+        t = t.detach().to(torch.complex128 if t.is_complex() else torch.float64)
+        return t.clone(memory_format=torch.contiguous_format)
     if isinstance(module, nn.Module):
         module = deepcopy(module).double().requires_grad_()
         for p in module.parameters(): p.data = p.data.contiguous()
@@ -62,10 +70,12 @@ def _named(module, args):
     is_module = isinstance(module, nn.Module)
     try: bound = signature(module.forward if is_module else module).bind(*args).arguments
     except ValueError: bound = {'args': args} # torch's functions in C
-    inps = [(n if len(ts)==1 else f'{n}[{i}]', t) for n,v in bound.items() for ts in [floats(v)] for i,t in enumerate(ts)]
+    found = [(n,floats(v)) for n,v in bound.items()]
+    inps = [(n if len(ts)==1 else f'{n}[{i}]', t) for n,ts in found for i,t in enumerate(ts)]
     return inps + list(module.named_parameters()) if is_module else inps
 
-def name_of_checked(module): return type(module).__name__ if isinstance(module, nn.Module) else name_of(module)
+def name_of_checked(module):
+    return type(module).__name__ if isinstance(module, nn.Module) else name_of(module)
 
 # %% ../../nbs/core/117_checks.ipynb #eb15bd40
 class _Check:
@@ -74,9 +84,10 @@ class _Check:
         self.module,self.args,self.rng = module,args,torch.get_rng_state()
         self.cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         outs,again = floats(self.run(*_twin(module, args))),floats(self.run(*_twin(module, args)))
-        if not outs: raise ValueError(f"check_grads: {name_of_checked(module)} has no floating-point output")
+        who = f"check_grads: {name_of_checked(module)}"
+        if not outs: raise ValueError(f"{who} has no floating-point output")
         if not all(map(torch.equal, outs, again)):
-            raise ValueError(f"check_grads: {name_of_checked(module)} gives another output each time, with the same random numbers")
+            raise ValueError(f"{who} gives another output each time, with the same random numbers")
         self.gs = [torch.randn_like(o) for o in outs]
 
     def reset(self):
@@ -95,7 +106,8 @@ class _Check:
         vars(f)['_lean'] = lean
         self.reset()
         _,rec,out = recorded_call(f, *args)
-        outs,gs = zip(*[(o,g) for o,g in zip(floats(out), self.gs) if rec.is_output(o)] or [((),())])
+        seen = [(o,g) for o,g in zip(floats(out), self.gs) if rec.is_output(o)]
+        outs,gs = zip(*seen) if seen else ((),())
         rec.backward(outs, gs)
         self.exact = all(c.rule.exact for c in rec.calls())
         return [t.g for _,t in _named(module, args)]
@@ -103,13 +115,17 @@ class _Check:
     def by_autograd(self):
         module,args = _twin(self.module, self.args)
         ts = [t.requires_grad_() for _,t in _named(module, args)]
-        with through_forward(): return torch.autograd.grad(floats(self.run(module, args)), ts, self.gs, allow_unused=True)
+        with through_forward():
+            outs = floats(self.run(module, args))
+            return torch.autograd.grad(outs, ts, self.gs, allow_unused=True)
 
     @torch.no_grad()
     def by_differences(self, eps, most):
-        "Numeric gradients of up to `most` elements a tensor; nan for those not tried, or where there is none"
+        "Numeric gradients of up to `most` elements a tensor; nan for the others, and at a kink"
         module,args = _twin(self.module, self.args)
-        loss = lambda: sum((o*g).sum() for o,g in zip(floats(self.run(module, args)), self.gs)).item()
+        def loss():
+            outs = floats(self.run(module, args))
+            return sum((o*g).sum() for o,g in zip(outs, self.gs)).item()
         res,mid = [],loss()
         for _,t in _named(module, args):
             num,flat = torch.full_like(t, torch.nan),t.view(-1)
@@ -131,12 +147,13 @@ def check_grads(
     rtol:float=1e-5, # relative tolerance
     atol:float=1e-7, # absolute tolerance
     eps:float=1e-5, # step of the finite differences
-    most:int=500, # elements a tensor that finite differences try, drawn at random where there are more
+    most:int=500, # elements a tensor that finite differences try, drawn at random from more
     show:bool=True, # print the table?
-    hints:bool=False, # for an exercise: say of each gradient what is wrong, and return whether all are right
+    hints:bool=False, # for an exercise: say what is wrong, and return whether all is right
 ):
     """Compare every gradient of `module` with autograd's and with finite differences, in float64.
-    AssertionError with the tensor's name where they part; where a rule isn't meant to be the gradient (`exact=False`), the angle is shown"""
+    AssertionError with the tensor's name where they part. Where a rule isn't meant to be
+    the gradient (`exact=False`), the angle between both is shown"""
     if isinstance(module, nn.Module): apart_in_memory(list(module.parameters()))
     if hints: return hinted(module, args, rtol, atol)
     with torch.random.fork_rng():
@@ -148,14 +165,19 @@ def check_grads(
         a,h = (torch.zeros_like(n) if g is None else g for g in (a,h))
         tried = ~n.isnan()
         off = [(h-a).abs(),(h-n)[tried].abs()]
-        rows.append((name, str(tuple(t.shape)), *(f'{o.max():.0e}' if o.numel() else '-' for o in off)))
-        if not check.exact: rows[-1] = rows[-1][:2]+(f"{angle(h, a):.0f}°",'')
-        elif not torch.allclose(h, a, rtol, atol): wrong.append(f"{name} is off autograd's by up to {off[0].max():.3g}{likely(h, a)}")
-        elif not torch.allclose(h[tried], n[tried], 1e3*rtol, 1e3*atol): wrong.append(f"{name} is off finite differences by up to {off[1].max():.3g}")
+        worst = [f'{o.max():.0e}' if o.numel() else '-' for o in off]
+        if not check.exact: worst = [f"{angle(h, a):.0f}°",'']
+        elif not torch.allclose(h, a, rtol, atol):
+            wrong.append(f"{name} is off autograd's by up to {off[0].max():.3g}{likely(h, a)}")
+        elif not torch.allclose(h[tried], n[tried], 1e3*rtol, 1e3*atol):
+            wrong.append(f"{name} is off finite differences by up to {off[1].max():.3g}")
+        rows.append((name, str(tuple(t.shape)), *worst))
     widths = [max(map(len, col)) for col in zip(*rows)]
-    if show: print('\n'.join('  '.join(c.ljust(w) for c,w in zip(r, widths)).rstrip() for r in rows))
-    if wrong: raise AssertionError(f"{name_of_checked(module)}: the gradient of " + '; of '.join(wrong)
-        + ". Does the rule read out.g, and is its formula right?")
+    lines = ['  '.join(c.ljust(w) for c,w in zip(r, widths)).rstrip() for r in rows]
+    if show: print('\n'.join(lines))
+    if wrong:
+        raise AssertionError(f"{name_of_checked(module)}: the gradient of {'; of '.join(wrong)}. "
+            "Does the rule read out.g, and is its formula right?")
 
 def angle(h, a):
     "Degrees between `h` and `a`"
@@ -167,16 +189,19 @@ def likely(h, a):
     same = lambda x, y: torch.allclose(x, y, 1e-6, 1e-9)
     if not h.any(): return " (it is zero: is it ever assigned?)"
     factor = ((h*a).sum()/(a*a).sum().clamp_min(1e-300)).item()
-    if same(h, factor*a): return f" (it is {factor:.4g} times the true one{', a mean or a sum too much?' if abs(factor) not in (.5,1,2) else ''})"
+    if same(h, factor*a):
+        why = '' if abs(factor) in (.5,1,2) else ', a mean or a sum too much?'
+        return f" (it is {factor:.4g} times the true one{why})"
     if h.ndim==2 and h.shape[0]==h.shape[1] and same(h.t(), a): return " (it is transposed)"
     i = tuple(v.item() for v in torch.unravel_index((h-a).abs().argmax(), h.shape))
-    return f" (at {angle(h, a):.0f}° to the true one; worst at {i}: {h[i].item():.4g}, expected {a[i].item():.4g})"
+    worst = f"{h[i].item():.4g}, expected {a[i].item():.4g}"
+    return f" (at {angle(h, a):.0f}° to the true one; worst at {i}: {worst})"
 
 def autograd_gap(
     module, # a module, which is copied, or a function
     *args, # its input; copied too
 )->float:
-    "The largest difference between `module`'s gradients and autograd's, in float64, relative to the largest gradient of that tensor"
+    "The largest difference from autograd in float64, relative to the tensor's largest gradient"
     with torch.random.fork_rng():
         check = _Check(module, args)
         pairs = [(h,a) for h,a in zip(check.by_hand(), check.by_autograd()) if a is not None]
@@ -189,7 +214,8 @@ def hinted(module, args, rtol, atol)->bool:
         check = _Check(module, args)
         try: hand = check.by_hand(all_or_none=False)
         except Exception as e:
-            said = "is not written yet" if isinstance(e, NotImplementedError) else f"ends with an error: {e}"
+            hole = isinstance(e, NotImplementedError)
+            said = "is not written yet" if hole else f"ends with an error: {e}"
             print(f"{name_of_checked(module)}: bwd {said}")
             return False
         auto,names = check.by_autograd(),[n for n,_ in _named(module, args)]

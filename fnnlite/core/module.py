@@ -13,7 +13,8 @@ import torch
 from torch import nn, Tensor
 from torch.compiler import is_compiling
 from fastcore.meta import PrePostInitMeta
-from .boundary import is_transformed, of_an_earlier_pass, recorded_call, walked_by_hand, walks_alone
+from .boundary import is_transformed, of_an_earlier_pass, recorded_call
+from .boundary import walked_by_hand, walks_alone
 from .calls import here
 from .guards import apart_in_memory, consumers_walked
 from .nodes import as_node
@@ -23,22 +24,23 @@ from .stand_ins import Layer, stand_in_class
 # %% ../../nbs/core/116_module.ipynb #42d9865c
 @contextmanager
 def through_forward():
-    "Inside, autograd goes through the `forward` of modules, whatever `bwd` they have: what a `bwd` is checked against"
+    "Inside, autograd goes through the `forward` of modules. A `bwd` is checked against that"
     before,here.through = getattr(here, 'through', False),True
     try: yield
     finally: here.through = before
 
 class Use:
-    "One call of a module in a record: what came in, what came out, and which of the record's calls it made"
+    "One call of a module in a record: what came in and out, and the calls that it made"
     def __init__(self, rec, module, args, kwargs):
-        self.rec,self.module,self.args,self.kwargs,self.start = ref(rec),module,args,kwargs,len(rec.made)
-        self.walked,self.left = False,() # left: the gradients that a walk from here has put on the outputs
+        self.rec,self.module,self.args,self.kwargs = ref(rec),module,args,kwargs
+        self.start,self.walked = len(rec.made),False
+        self.left = () # the gradients that a walk from here has put on the outputs
     def done(self, rec, out): self.out,self.calls = out,slice(self.start, len(rec.made))
 
 # %% ../../nbs/core/116_module.ipynb #42d9865d
 class Module(nn.Module, metaclass=PrePostInitMeta):
-    "A `torch.nn.Module` whose calls leave a record and whose `bwd` is written by hand, or is the chain rule over its parts"
-    saves = None # what `bwd` reads the numbers of, in one string: arguments, `out`, names kept on `out`; None: everything
+    "A `torch.nn.Module` that records its calls. Its `bwd` is written by hand, or is the chain rule"
+    saves = None # what `bwd` reads: names of arguments, `out`, what is kept on `out`; None: all
     exact = True # is `bwd` meant to be the gradient?
     _lean,_nodes,_use,_record,_earlier = False,False,None,None,()
     def __init_subclass__(cls, **kwargs):
@@ -49,32 +51,42 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
     @classmethod
     def _well_named(cls, name):
         "Refuse `__init__(s)`, `backward(self, out, inp)` and `bwd(self, inp, out)`: TypeError"
-        me,*args = list(signature(vars(cls)[name]).parameters) if callable(vars(cls)[name]) else ['self']
-        if name=='__init__' and me!='self': raise TypeError(f"{cls.__name__}: __init__ calls its first argument '{me}': call it self")
+        f = vars(cls)[name]
+        me,*args = list(signature(f).parameters) if callable(f) else ['self']
+        if name=='__init__' and me!='self':
+            raise TypeError(f"{cls.__name__}: __init__ calls its first argument '{me}': "
+                "call it self")
         inps = list(signature(cls.forward).parameters)[1:]
         shown = f"{cls.__name__}: {name}({', '.join(args)})"
-        if name=='backward' and args[:1]==['out']: raise TypeError(f"{shown} looks like a gradient rule: call it bwd")
-        if name=='bwd' and ('out' in args[1:] or args[0] in inps[:1]): raise TypeError(f"{shown}, expected `out` first: bwd(self, out, ...)")
+        if name=='backward' and args[:1]==['out']:
+            raise TypeError(f"{shown} looks like a gradient rule: call it bwd")
+        if name=='bwd' and ('out' in args[1:] or args[0] in inps[:1]):
+            raise TypeError(f"{shown}, expected `out` first: bwd(self, out, ...)")
 
     @classmethod
     def _goes_together(cls):
         "Refuse a new forward with the old bwd, and arguments with other defaults: TypeError"
         if cls.bwd is Module.bwd: return
         place = lambda name: next(i for i,c in enumerate(cls.__mro__) if name in vars(c))
-        if place('forward')<place('bwd'): raise TypeError(f"{cls.__name__}: forward is newer than bwd, which is {cls.__mro__[place('bwd')].__name__}'s: "
-            "write a bwd, or say in the class that it is still right: bwd = Parent.bwd")
+        if place('forward')<place('bwd'):
+            parent = cls.__mro__[place('bwd')].__name__
+            raise TypeError(f"{cls.__name__}: forward is newer than bwd, which is {parent}'s: "
+                "write a bwd, or say in the class that it is still right: bwd = Parent.bwd")
         given,back = (signature(f).parameters for f in (cls.forward,cls.bwd))
         for k in {*given}&{*back}:
-            if given[k].default is not back[k].default and given[k].default!=back[k].default: raise TypeError(
-                f"{cls.__name__}: forward has {k}={given[k].default!r}, and bwd {k}={back[k].default!r}: give both the same default")
+            a,b = given[k].default,back[k].default
+            if a is not b and a!=b:
+                raise TypeError(f"{cls.__name__}: forward has {k}={a!r}, and bwd {k}={b!r}: "
+                    "give both the same default")
 
     def __pre_init__(self, *args, **kwargs): super().__init__()
     def __post_init__(self, *args, **kwargs):
         for k,v in list(vars(self).items()):
-            if (type(v) is Tensor and v.is_floating_point() or is_param(v)) and not k.startswith('_'):
+            is_weight = type(v) is Tensor and v.is_floating_point() or is_param(v)
+            if is_weight and not k.startswith('_'):
                 delattr(self, k)
                 self._adopt(k, v)
-            elif isinstance(v, list) and v and isinstance(v[0], nn.Module): # one that `__init__` appended to
+            elif isinstance(v, list) and v and isinstance(v[0], nn.Module): # appended to since
                 delattr(self, k)
                 setattr(self, k, v)
 
@@ -82,23 +94,29 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         "The tensor `v` as the parameter, or the constant, `k`"
         if not is_param(v):
             if not wants(v): return self.register_buffer(k, v)
-            if v.grad_fn is not None: raise GradError(f"{type(self).__name__}: self.{k} was computed by autograd from other tensors: detach() it")
+            if v.grad_fn is not None:
+                self._fail(f"self.{k} was computed by autograd from other tensors: detach() it")
             vars(v).pop('g', None) # of an earlier pass; from now on it's `v.grad`
             v.requires_grad_().__class__ = nn.Parameter
         self.register_parameter(k, v)
 
     def __setattr__(self, k, v):
-        if k in ('args','out'): raise AttributeError(f"{type(self).__name__}: '{k}' is the last call's, give this attribute another name")
-        if isinstance(v, (list,tuple)) and v and all(isinstance(o, nn.Module) for o in v): v = nn.ModuleList(v)
+        if k in ('args','out'):
+            raise AttributeError(f"{type(self).__name__}: '{k}' is the last call's, "
+                "give this attribute another name")
+        if isinstance(v, (list,tuple)) and v and all(isinstance(o, nn.Module) for o in v):
+            v = nn.ModuleList(v)
         super().__setattr__(k, v)
+
+    def _fail(self, msg): raise GradError(f"{type(self).__name__}: {msg}")
 
     @property
     def has_bwd(self):
-        "A layer with a backward of its own, or a composite, whose backward is the chain rule over the calls it makes?"
+        "Is it a layer, with a backward of its own? A composite's backward is the chain rule"
         return type(self).bwd is not Module.bwd
     def forward(self, *args): raise NotImplementedError(f"{type(self).__name__} has no forward")
     def bwd(self, out, *args):
-        "Assign the `.g` of `args` and of the parameters from `out.g`; where it is left out, the chain rule over the calls in `forward` does it"
+        "Assign the `.g` of `args` and of the parameters. Without it, the chain rule does"
         raise NotImplementedError(f"{type(self).__name__} has no bwd of its own: call backward()")
 
     # the call
@@ -107,12 +125,15 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         if is_compiling(): return self._as_nodes(args, kwargs)
         rec = getattr(here, 'record', None)
         if rec is not None and not rec.busy: return self._recorded(rec, args, kwargs)
-        if rec is not None and torch.is_grad_enabled() and not is_transformed(): return self._as_nodes(args, kwargs) # inside a Wrap
-        if rec is not None: return super().__call__(*args, **kwargs)
-        if not torch.is_grad_enabled() or getattr(here, 'through', False): return super().__call__(*args, **kwargs)
+        if rec is not None: # inside a layer, or a Wrap, where grad is enabled
+            if torch.is_grad_enabled() and not is_transformed(): return self._as_nodes(args, kwargs)
+            return super().__call__(*args, **kwargs)
+        if not torch.is_grad_enabled() or getattr(here, 'through', False):
+            return super().__call__(*args, **kwargs)
         if is_transformed(): return self._transformed(args, kwargs)
         if self._nodes or getattr(here, 'nodes', False): return self._as_nodes(args, kwargs)
-        vars(self).update(_record=None, _earlier=[r for r in self._earlier if (o := r()) is not None and not o.walked_by])
+        earlier = [r for r in self._earlier if (o := r()) is not None and not o.walked_by]
+        vars(self).update(_record=None, _earlier=earlier)
         out,rec,_ = recorded_call(self, *args, **kwargs)
         vars(self)['_record'] = rec
         self._earlier.append(ref(rec))
@@ -128,7 +149,8 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
             self._no_recorded_attributes(rec)
             layer = lambda *args, **kwargs: rec.one_call(Layer(self, params), args, kwargs, params)
             params = self._bwd_params()
-            out = self._hooked_call(layer, args, kwargs) if self._hooked() else layer(*args, **kwargs)
+            if self._hooked(): out = self._hooked_call(layer, args, kwargs)
+            else: out = layer(*args, **kwargs)
         use.done(rec, out)
         if outermost or not rec.lean:
             rec.used.append(use)
@@ -137,9 +159,10 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
 
     def _as_nodes(self, args, kwargs):
         "The call with a node of autograd's for each layer in it"
+        def layer(*args, **kwargs): return as_node(self, args, kwargs)
         if not self.has_bwd: f = super().__call__
-        elif not self._hooked(): f = lambda *args, **kwargs: as_node(self, args, kwargs)
-        else: f = lambda *args, **kwargs: self._hooked_call(lambda *args, **kwargs: as_node(self, args, kwargs), args, kwargs)
+        elif not self._hooked(): f = layer
+        else: f = lambda *args, **kwargs: self._hooked_call(layer, args, kwargs)
         if is_compiling(): return f(*args, **kwargs)
         before,here.nodes = getattr(here, 'nodes', False),True
         if not before: of_an_earlier_pass(tensors((args,kwargs), openly=False))
@@ -148,19 +171,23 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
 
     def _transformed(self, args, kwargs):
         "The call inside `torch.func`, which differentiates `forward`"
-        if self.has_bwd and not self.exact: raise GradError(f"{type(self).__name__}: torch.func would take the derivative of its forward, and its bwd "
-            "isn't meant to be that (exact=False): call backward() instead")
+        if self.has_bwd and not self.exact:
+            self._fail("torch.func would take the derivative of its forward, and its bwd "
+                "isn't meant to be that (exact=False): call backward() instead")
         return super().__call__(*args, **kwargs)
 
     def _no_recorded_attributes(self, rec):
         for k,v in held(self):
-            if isinstance(v, (Tensor,tuple,list,dict)) and any(not is_param(t) and rec.has_gradient(t) for t in tensors(v, openly=False)):
-                raise GradError(f"{path(self, rec.root or self)}: "
-                    f"self.{k} was made in this recording, and its gradient would be lost: make it an argument of forward")
+            if not isinstance(v, (Tensor,tuple,list,dict)): continue
+            if any(not is_param(t) and rec.has_gradient(t) for t in tensors(v, openly=False)):
+                raise GradError(f"{path(self, rec.root or self)}: self.{k} was made in this "
+                    "recording, and its gradient would be lost: make it an argument of forward")
 
-    def _hooked(self): return self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+    def _hooked(self):
+        return (self._forward_hooks or self._forward_pre_hooks
+            or self._backward_hooks or self._backward_pre_hooks)
     def _hooked_call(self, f, args, kwargs):
-        "`f` with torch's hooks around it: they surround `self.forward`, which is `f` until it is called"
+        "`f` with torch's hooks around it: `self.forward`, which they surround, is `f` for one call"
         patched = vars(self).get('forward')
         def put(f): vars(self).pop('forward', None) if f is None else vars(self).update(forward=f)
         def once(*args, **kwargs):
@@ -172,13 +199,15 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
 
     def _bwd_params(self):
         "The parameters that this module's own `bwd` has to assign"
-        if self.has_bwd and 'forward' in vars(self) and not hasattr(self.forward, '__wrapped__'): raise GradError(f"{type(self).__name__}: its forward "
-            "was replaced, and its bwd may not be its gradient: write a class with both, or wrap the forward, by functools.wraps, if it still is")
+        if self.has_bwd and 'forward' in vars(self) and not hasattr(self.forward, '__wrapped__'):
+            self._fail("its forward was replaced, and its bwd may not be its gradient: "
+                "write a class with both, or wrap the forward, by functools.wraps, if it still is")
         if not self.has_bwd or not (self._parameters or self._modules): return []
-        named = self.named_parameters(remove_duplicate=False) if self._modules else self._parameters.items()
+        if self._modules: named = self.named_parameters(remove_duplicate=False)
+        else: named = self._parameters.items()
         params = [p for _,p in named if p is not None]
         if len({*map(id, params)})<len(params):
-            raise GradError(f"{type(self).__name__}: two of its parameters are the same tensor, so its bwd can't assign both: "
+            self._fail("two of its parameters are the same tensor, so its bwd can't assign both: "
                 "leave the bwd out, and the chain rule adds them up")
         return params
 
@@ -206,30 +235,41 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
 
     def _to_walk(self):
         use,rec = self._last()
-        if use is None: raise GradError(f"{type(self).__name__}: there is no record of a forward: call it first, with grad enabled, "
-            "and again after free()")
+        if use is None:
+            self._fail("there is no record of a forward: call it first, with grad enabled, "
+                "and again after free()")
         return use,rec
 
     def backward(self,
-        g=None, # gradient with respect to the output (several for several outputs); default: the `.g` it already has, or 1 for a scalar
+        g=None, # gradient of the output, or of each; default: its `.g`, or 1 for a single number
         free:bool=False, # let go of each call's record as soon as the walk has passed it?
-        ready=None, # is called with each parameter in the record as soon as its `.g` won't change any more in this walk
+        ready=None, # is called with each parameter as soon as the walk has all of its `.g`
         before=None, after=None, # see `walk`
     ):
-        "Walk back over the last recorded call; afterwards every tensor that entered or left a call in it has its `.g`"
-        if is_compiling(): raise GradError(f"{type(self).__name__}: backward() inside torch.compile: call backward() on the loss outside, or use compile_step")
+        "Walk back over the last recorded call: then every tensor that took part has its `.g`"
+        if is_compiling():
+            self._fail("backward() inside torch.compile: "
+                "call backward() on the loss outside, or use compile_step")
         use,rec = self._to_walk()
         earlier = [u for u in rec.used if u.module is self and not u.walked and u is not use]
-        if self._record is rec: earlier += [o for r in self._earlier if (o := r()) is not None and o is not rec and not o.walked_by]
-        if earlier: raise GradError(f"{type(self).__name__}: it was called {len(earlier)+1} times, and backward() walks over the last call alone: "
-            "call backward() on the loss, which walks over all, or put what calls it twice into a Module")
+        if self._record is rec: # the outermost module
+            records = [o for r in self._earlier if (o := r()) is not None]
+            earlier += [o for o in records if o is not rec and not o.walked_by]
+        if earlier:
+            self._fail(f"it was called {len(earlier)+1} times, and backward() walks over "
+                "the last call alone: call backward() on the loss, which walks over all, "
+                "or put what calls it twice into a Module")
         outs = [o for o in floats(self._of_loss(use.out)) if rec.is_output(o)]
-        if not outs: raise GradError(f"{type(self).__name__}: nothing in its last call wants a gradient: "
-            "unfreeze() a parameter, or give it an input without const()")
-        if g is None: consumers_walked(type(self).__name__, rec, use.calls.stop, [rec.source(o, 'backward') for o in outs])
+        if not outs:
+            self._fail("nothing in its last call wants a gradient: "
+                "unfreeze() a parameter, or give it an input without const()")
+        if g is None:
+            sources = [rec.source(o, 'backward') for o in outs]
+            consumers_walked(type(self).__name__, rec, use.calls.stop, sources)
         gs = self._upstream(outs, g, rec, use)
         with walks_alone(rec, 'hand'):
-            rec.walk_back(rec.starts(outs, gs), use.calls, free=free or rec.lean, ready=ready, before=before, after=after)
+            rec.walk_back(rec.starts(outs, gs), use.calls, free=free or rec.lean,
+                ready=ready, before=before, after=after)
         use.walked = True
         walked_by_hand(rec)
         rec.show_outside()
@@ -243,21 +283,24 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         if g is not None:
             gs = list(g) if isinstance(g, (list,tuple)) else [g]
             came,expected = ([(tuple(t.shape),t.dtype) for t in ts] for ts in (gs,outs))
-            if came!=expected: raise GradError(f"{type(self).__name__}: backward() got gradients of {came}, expected {expected}")
+            if came!=expected:
+                self._fail(f"backward() got gradients of {came}, expected {expected}")
             return gs
         gs = [None if any(g is o for o in use.left) else g for g in (rec.shown(o).g for o in outs)]
-        if any(g is not None for g in gs): return [torch.zeros_like(o) if g is None else g for o,g in zip(outs, gs)]
+        if any(g is not None for g in gs):
+            return [torch.zeros_like(o) if g is None else g for o,g in zip(outs, gs)]
         for o in outs:
-            if o.numel()!=1: raise GradError(
-                f"{type(self).__name__}: backward() from an output of shape {tuple(o.shape)} needs the gradient to start from: backward(g)")
+            if o.numel()!=1:
+                self._fail(f"backward() from an output of shape {tuple(o.shape)} needs "
+                    "the gradient to start from: backward(g)")
         return [torch.ones_like(o) for o in outs]
 
     # settings
 
     def retain(self,
-        on:bool=True, # or let go of every tensor whose numbers no rule will read, and of each call as soon as a walk has passed it?
+        on:bool=True, # or let go of what no rule will read, and of each call that is walked?
     ):
-        "Keep the activations and their `.g` to look at (the default)? Without them a step needs less memory; the weights' and the input's `.g` stay"
+        "Keep the activations and their `.g` to look at? Without them a step needs less memory"
         self._lean = not on
         return self
     def as_nodes(self,
@@ -276,4 +319,5 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         "Let these parameters require no grad from now on"
         return self.requires_grad_(not frozen)
     def unfreeze(self): return self.freeze(False)
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('_use','_record','_earlier')}
+    def __getstate__(self):
+        return {k:v for k,v in vars(self).items() if k not in ('_use','_record','_earlier')}

@@ -23,31 +23,36 @@ def _fill(o, ts): return maptree(lambda _: next(ts), o, Hole)
 
 def _kept(module, o):
     "What `forward` kept on its output `o`; a compiler must be told the names"
-    if is_compiling(): return {k:getattr(o, k) for k in (module.saves or '').split() if hasattr(o, k)}
-    return kept_on([o])[0]
+    if not is_compiling(): return kept_on([o])[0]
+    names = (module.saves or '').split()
+    return {k:getattr(o, k) for k in names if hasattr(o, k)}
 
 def named(module, args, kwargs):
     "The tensors in the arguments and parameters of a call, with their names"
     rule = layer_rule(type(module), module.saves, module.exact)
-    return [*((n,t) for n,v in rule.named(args, kwargs) for t in tensors(v)), *module.named_parameters()]
+    inps = [(n,t) for n,v in rule.named(args, kwargs) for t in tensors(v)]
+    return [*inps, *module.named_parameters()]
 
 def forward_of(module, args, kwargs):
     "The module's forward; somebody's own is watched, lest it use what it wasn't given"
     if is_compiling() or is_known(type(module)): return module.forward
     given = tensors((args,kwargs,module._bwd_params()))
     bases = {id(t._base if t._is_view() else t) for t in given}
-    has_gradient = lambda t: t.requires_grad and not (t._is_view() and id(t._base) in bases) # a view requires grad as its base does
+    def has_gradient(t): # a view requires grad as its base does
+        return t.requires_grad and not (t._is_view() and id(t._base) in bases)
     return guards.only_its_own(module.forward, type(module).__name__, given, has_gradient)
 
 class Node(torch.autograd.Function):
-    "A call as a node in autograd's graph: `forward` as it is, and the module's own `bwd` for the way back"
+    "A call as a node in autograd's graph: the module's `forward` and, for the way back, its `bwd`"
     @staticmethod
     def forward(ctx, module, args, kwargs, *ts):
         ctx.module,ctx.autocast,forward = module,autocast_of(ts),forward_of(module, args, kwargs)
         if ctx.autocast is None: out = forward(*args, **kwargs)
-        else: # torch 2.10 would find a weight cast here, without grad, in its cache where it is used next
+        else: # torch 2.10 would use a weight that was cast here, without grad, again from its cache
             with torch.autocast(*ctx.autocast, cache_enabled=False): out = forward(*args, **kwargs)
-        ctx.called,ctx.memory = (None,()) if is_compiling() else (as_called(module),guards.memory_of(module._bwd_params()))
+        ctx.called,ctx.memory = None,()
+        if not is_compiling():
+            ctx.called,ctx.memory = as_called(module),guards.memory_of(module._bwd_params())
         outs = [o.detach() for o in tensors(out)]
         kept = [{} if any(o is t for t in ts) else _kept(module, o) for o in tensors(out)]
         trees = _holes((args,kwargs,out,kept))
@@ -55,36 +60,46 @@ class Node(torch.autograd.Function):
         unwanted = [d for d,o in zip(outs, tensors(out)) if not wants(o)]
         if unwanted: ctx.mark_non_differentiable(*unwanted)
         ctx.save_for_backward(*ts, *outs, *tensors(kept))
-        return outs[0] if isinstance(out, Tensor) else (out,*outs) # autograd sees tensors at the top only
+        if isinstance(out, Tensor): return outs[0]
+        return (out,*outs) # autograd sees tensors at the top only
 
     @staticmethod
     def backward(ctx, *gs):
-        if torch.is_grad_enabled() and not is_compiling(): raise GradError(f"{type(ctx.module).__name__}: backward with create_graph=True asks for a "
-            "second derivative, which no bwd has")
         (args,kwargs,out,kept),module = ctx.trees,ctx.module
+        name = type(module).__name__
+        if torch.is_grad_enabled() and not is_compiling():
+            raise GradError(f"{name}: backward with create_graph=True asks for "
+                "a second derivative, which no bwd has")
         if not isinstance(out, Hole): gs = gs[1:]
         real,saved,asked = module._bwd_params(),ctx.saved_tensors,ctx.needs_input_grad[3:]
         n,upstream = len(asked),[g for g in gs if g is not None]
-        guards.same_memory(type(module).__name__, [m for m,t in zip(ctx.memory, saved[n-len(real):]) if torch._C._is_alias_of(t, m[0])]) # hooks keep copies
+        own = zip(ctx.memory, saved[n-len(real):])
+        memory = [m for m,t in own if torch._C._is_alias_of(t, m[0])] # what a hook saved is a copy
+        guards.same_memory(name, memory)
         versions = [] if is_compiling() else [g._version for g in upstream]
         ts = [t.detach() if a else const(t.detach()) for t,a in zip(saved, asked)]
         args,kwargs = _fill((args,kwargs), iter(ts))
         out,kept = _fill((out,kept), iter([t.detach() for t in saved[n:]]))
         for o,g,attrs in zip(tensors(out), gs, kept):
             for k,v in attrs.items(): setattr(o, k, v)
-            o.g = g.clone() if is_compiling() else g # a compiler removes the clone, and can't ask for versions
+            o.g = g.clone() if is_compiling() else g # a compiler asks for no versions
         for t in ts: t.g = None # a compiler doesn't know of `Tensor.g`
         me = stand_in(module, dict(zip(real, ts[n-len(real):])), ctx.called)
+        if ctx.autocast: autocast = torch.autocast(*ctx.autocast)
+        else: autocast = torch.autocast(ts[0].device.type, enabled=False)
         try:
-            with torch.autocast(*ctx.autocast) if ctx.autocast else torch.autocast(ts[0].device.type, enabled=False): me.bwd(out, *args, **kwargs)
+            with autocast: me.bwd(out, *args, **kwargs)
         except Exception as e:
-            if not is_compiling(): guards.note_shapes(e, type(module).__name__, tensors(out), named(module, args, kwargs))
+            if not is_compiling():
+                guards.note_shapes(e, name, tensors(out), named(module, args, kwargs))
             raise
-        if not is_compiling(): guards.upstream_as_it_was(type(module).__name__, upstream, versions)
+        if not is_compiling(): guards.upstream_as_it_was(name, upstream, versions)
         gs = []
         for t,a in zip(ts, asked):
-            who = lambda: f"{type(module).__name__}: {'its input' if len(gs)<n-len(real) else 'a parameter'}"
-            if a: guards.fits(t.g, t, (t.dtype,ctx.autocast and t.g is not None and t.g.dtype), module.exact, who)
+            who = lambda: f"{name}: {'its input' if len(gs)<n-len(real) else 'a parameter'}"
+            if a:
+                cast = ctx.autocast and t.g is not None and t.g.dtype
+                guards.fits(t.g, t, (t.dtype,cast), module.exact, who)
             gs.append(t.g.to(t.dtype) if a and t.g is not None else None)
         if not is_compiling(): in_memory_of_their_own(gs, saved, [*ts, *tensors(out), *upstream])
         return None,None,None,*gs

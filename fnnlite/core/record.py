@@ -17,8 +17,9 @@ class GradError(RuntimeError):
     "A gradient would be wrong or lost; the message names the module and the tensor"
 
 def traced()->bool:
-    "Is what is computed here being written down as a graph, so that Python can't read a tensor's numbers?"
-    return is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    "Is this being written down as a graph? Then Python can't read a tensor's numbers"
+    if is_compiling(): return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 # %% ../../nbs/core/106_record.ipynb #b1ef4475
 def tensors(
@@ -43,21 +44,26 @@ def gather(os, found, openly):
             if o: gather(o, found, openly)
         elif isinstance(o, dict):
             if o: gather(o.values(), found, openly)
-        elif openly and not isinstance(o, (int,float,str,nn.Module)) and any(isinstance(v, Tensor) for v in getattr(o, '__dict__', {}).values()):
-            raise GradError(f"a {kind.__name__} hides tensors from the record of a call: pass tensors, or tuples, lists and dicts of them")
+        elif openly and not isinstance(o, (int,float,str,nn.Module)):
+            attrs = getattr(o, '__dict__', {}).values()
+            if any(isinstance(v, Tensor) for v in attrs):
+                raise GradError(f"a {kind.__name__} hides tensors from the record of a call: "
+                    "pass tensors, or tuples, lists and dicts of them")
 
 def maptree(f, o, kind=Tensor):
     "`o` with `f` applied to each tensor (or other `kind`) in it"
     if isinstance(o, kind): return f(o)
     if type(o) in plain: return o
-    if type(o) is tuple: return tuple([f(v) if isinstance(v, kind) else maptree(f, v, kind) for v in o])
+    if type(o) is tuple:
+        return tuple([f(v) if isinstance(v, kind) else maptree(f, v, kind) for v in o])
     if isinstance(o, dict): return {k:maptree(f, v, kind) for k,v in o.items()}
     if not isinstance(o, (list,tuple)): return o
     new = [maptree(f, v, kind) for v in o]
     return type(o)(*new) if hasattr(o, '_fields') else type(o)(new)
 
 def is_float(t): return t.is_floating_point() or t.is_complex()
-def is_param(t): return type(t) is nn.Parameter or type(t) is not Tensor and isinstance(t, nn.Parameter)
+def is_param(t):
+    return type(t) is nn.Parameter or type(t) is not Tensor and isinstance(t, nn.Parameter)
 def floats(o)->list:
     "The tensors in `o` that can have a gradient"
     ts = (o,) if isinstance(o, Tensor) else tensors(o)
@@ -77,12 +83,14 @@ def const(
     return t
 
 def wants(t:Tensor)->bool:
-    "Is `t`'s gradient wanted? Not that of a constant, a frozen parameter, integers, or what is no tensor"
+    "Is `t`'s gradient wanted? Not if it is constant, frozen, of integers, or no tensor"
     if not isinstance(t, Tensor) or not is_float(t): return False
     return t.requires_grad or not is_param(t) and getattr(t, 'const', False) is not True
 
 # %% ../../nbs/core/106_record.ipynb #28598eda
-internals = {*vars(nn.Module()), '_use', '_record', '_earlier'}-{'training'} # what torch and `Module` keep on every module
+# what torch and `Module` keep on every module
+internals = {*vars(nn.Module()), '_use', '_record', '_earlier'}-{'training'}
+
 def held(module):
     "A module's own attributes, and its buffers"
     own = [(k,v) for k,v in vars(module).items() if k not in internals]

@@ -6,7 +6,8 @@
 __all__ = ['spelled', 'kernels', 'registry', 'by_name', 'operators', 'blind', 'bodies', 'forms', 'looks', 'cuts', 'by_form',
            'formal', 'escapes', 'wanting', 'asks', 'instead', 'hooking', 'differentiating', 'modes', 'kinds',
            'unbroadcast', 'fit', 'NotSaved', 'Unread', 'form_of', 'Rule', 'spellings', 'gradient_of', 'elementwise',
-           'base_name', 'rule_of', 'by_rule', 'homes_of', 'name_of', 'body_of', 'members', 'getters', 'Kind']
+           'base_name', 'rule_of', 'by_rule', 'homes_of', 'name_of', 'body_of', 'unasking', 'members', 'getters',
+           'Kind']
 
 # %% ../../nbs/core/107_rules.ipynb #f2d4df1c
 import types
@@ -25,18 +26,20 @@ def unbroadcast(g, shape):
 
 def fit(g, t):
     "`g` in the shape of `t`, in its dtype, on its device"
-    if g.shape!=t.shape: g = g.expand(torch.broadcast_shapes(g.shape, t.shape)) # the same all along a dimension
+    if g.shape!=t.shape: # `g` may be the same all along a dimension
+        g = g.expand(torch.broadcast_shapes(g.shape, t.shape))
     return unbroadcast(g, t.shape).to(t.device, t.dtype)
 
 class NotSaved(GradError): "A rule reads what its `saves` doesn't name"
 class Unread(Tensor):
-    "A tensor's shape, dtype and device, in a record where no rule reads its numbers. GradError for one that does"
+    "A tensor's shape, dtype and device alone. A rule that reads its numbers is a GradError"
     @classmethod
     def __torch_function__(cls, f, types, args=(), kwargs=None):
         unread = next(t for t in tensors((args,kwargs or {}), openly=False) if type(t) is cls)
         with torch._C.DisableTorchFunctionSubclass():
-            if f not in formal and not (f in by_form and args[0] is not unread): raise NotSaved(
-                f"the rule reads the numbers of a tensor of shape {tuple(unread.shape)} (by {name_of(f)}), which its `saves` doesn't name")
+            if f not in formal and not (f in by_form and args[0] is not unread):
+                raise NotSaved("the rule reads the numbers of a tensor of shape "
+                    f"{tuple(unread.shape)} (by {name_of(f)}), which its `saves` doesn't name")
             out = f(*args, **(kwargs or {}))
         return cls.of(out) if f is Tensor.to and args[0] is unread else out
 
@@ -46,7 +49,8 @@ class Unread(Tensor):
     def detach(self): return self.own(Tensor.detach).as_subclass(Unread)
     def own(self, f):
         with torch._C.DisableTorchFunctionSubclass(): return f(self)
-    shape,dtype = property(lambda self: self.own(Tensor.shape.__get__)),property(lambda self: self.own(Tensor.dtype.__get__))
+    shape = property(lambda self: self.own(Tensor.shape.__get__))
+    dtype = property(lambda self: self.own(Tensor.dtype.__get__))
 
     @classmethod
     def of(cls, t):
@@ -57,8 +61,9 @@ def form_of(t):
     "`t`, where its shape, dtype and device are read alone"
     return t.as_subclass(Tensor) if type(t) is Unread else t
 
-spelled = {'input':'inp', 'self':'inp', 'a':'inp', 'x':'inp', 'x1':'inp', 'x2':'other', 'target':'targ', 'axis':'dim',
-    'keepdims':'keepdim'} # torch's and numpy's names of arguments, and ours
+# torch's and numpy's names of arguments, and ours
+spelled = {'input':'inp', 'self':'inp', 'a':'inp', 'x':'inp', 'x1':'inp', 'x2':'other',
+    'target':'targ', 'axis':'dim', 'keepdims':'keepdim'}
 
 @dataclass(eq=False)
 class Rule:
@@ -70,23 +75,28 @@ class Rule:
     exact: bool = True # is it meant to be the gradient?
 
     def __post_init__(self):
-        params = [p for p in signature(self.grad).parameters.values()][1:]
+        params = [*signature(self.grad).parameters.values()][1:]
         self.names = [p.name for p in params if p.kind is not Parameter.VAR_KEYWORD]
-        self.saved = None if self.saves is None else {(name,of) for o in self.saves.split() for name,_,of in [o.partition(':')]}
+        self.saved = None # else pairs: the name, and of whose gradient
+        if self.saves is not None:
+            self.saved = {o.partition(':')[::2] for o in self.saves.split()}
         self.rest = next((p.name for p in params if p.kind is Parameter.VAR_POSITIONAL), None)
         self.open = any(p.kind is Parameter.VAR_KEYWORD for p in params)
         self.same_dtype = self.forward is None # what a `forward` kept has its own
 
     def check_saves(self):
-        "Refuse a name in `saves` that is no argument of the rule; a `forward` may keep what it likes"
-        known = {'','out','values','indices',*self.names} # the middle ones: outputs of sort and its like
-        if not (self.forward or self.open):
-            for name in {n for pair in self.saved or () for n in pair}-known: raise ValueError(f"gradient_of: saves has '{name}', "
-                f"expected 'out' or an argument of {self.grad.__name__}: {', '.join(self.names)}")
+        "Refuse a name in `saves` that is no argument; a `forward` may keep what it likes"
+        if self.forward or self.open: return
+        known = {'','out','values','indices',*self.names} # the middle ones: outputs of sort
+        for name in {n for pair in self.saved or () for n in pair}-known:
+            raise ValueError(f"gradient_of: saves has '{name}', expected 'out' or an argument of "
+                f"{self.grad.__name__}: {', '.join(self.names)}")
 
     def reads(self, name, wanted=None)->bool:
-        "Does it read the numbers of the argument `name`, where the gradients of `wanted` are asked for? (None: of all)"
-        return self.saved is None or any(n==name and (not of or wanted is None or of in wanted) for n,of in self.saved)
+        "Does it read the numbers of `name`, if the gradients of `wanted` (None: all) are wanted?"
+        if self.saved is None: return True
+        return any(n==name and (not of or wanted is None or of in wanted) for n,of in self.saved)
+
     def spell(self, k): return k if k in self.names else spelled.get(k, k)
     def renamed(self, kwargs)->dict:
         "`kwargs` by the rule's names; torch passes an empty `out` on"
@@ -107,12 +117,15 @@ class Rule:
         "`args`, `kwargs` and `out` without the numbers that it doesn't read"
         if self.saved is None: return args,kwargs,out
         light = lambda name, o: o if self.reads(name) else maptree(Unread.of, o)
-        args,kwargs = tuple(light(name, o) for name,o in self.named(args, {})),{k:light(self.spell(k), o) for k,o in kwargs.items()}
-        return args,kwargs,out if any(map(self.reads, getattr(out, '_fields', ('out',)))) or self.reads('out') else maptree(Unread.of, out)
+        args = tuple(light(name, o) for name,o in self.named(args, {}))
+        kwargs = {k:light(self.spell(k), o) for k,o in kwargs.items()}
+        reads_out = any(map(self.reads, ('out',*getattr(out, '_fields', ()))))
+        return args,kwargs,out if reads_out else maptree(Unread.of, out)
 
     def in_place(self, args, kwargs)->bool:
         "Was `inplace=True` given?"
-        return 'inplace' in self.names and any(k=='inplace' and v for k,v in self.named(args, kwargs))
+        if 'inplace' not in self.names: return False
+        return any(k=='inplace' and v for k,v in self.named(args, kwargs))
 
     def run(self, call): self.assign(call.out, call.args, call.kwargs)
     def assign(self, out, args, kwargs):
@@ -131,17 +144,18 @@ registry,by_name = {},set() # a function: its rule; those that have it only by t
 
 def spellings(f)->list:
     "`f`, and the method or function of the same name"
-    same = [g for home in (torch,Tensor) if (g := getattr(home, getattr(f, '__name__', ''), None)) is not None]
+    name = getattr(f, '__name__', '')
+    same = [g for home in (torch,Tensor) if (g := getattr(home, name, None)) is not None]
     return same if f in same else [f]
 
 def gradient_of(
     *fs, # functions and methods of torch's, or ones of your own that are `recorded`
-    saves:str|None=None, # the arguments whose numbers the rule reads, `out`, what `forward` keeps; None: all
+    saves:str|None=None, # what the rule reads: arguments, `out`, what `forward` keeps; None: all
     forward=None, # runs in place of the function, and keeps on its output what the rule needs
-    kernel=None, # torch's own routine: returns the first tensor's gradient, or a tuple; None: the rule does it
+    kernel=None, # torch's routine: returns the first gradient, or a tuple; None: the rule does it
     exact:bool=True, # is the rule meant to be the gradient?
 ):
-    "Register a function as the gradient rule of `fs`: `rule(out, *args, **kwargs)` assigns `.g` to the arguments from `out.g`"
+    "Register a rule of `fs`: `rule(out, *args, **kwargs)` assigns `.g` to the arguments"
     def register(grad):
         rule = Rule(grad, saves, forward, kernel, exact)
         rule.check_saves()
@@ -167,25 +181,31 @@ def elementwise(
     gradient_of(*fs, saves='inp' if of_inp else 'out', kernel=kernel)(grad)
 
 # %% ../../nbs/core/107_rules.ipynb #407ce3e6
-operators = {'__iadd__':'add', '__isub__':'sub', '__imul__':'mul', '__ipow__':'pow', '__itruediv__':'div', '__idiv__':'div'}
+operators = {'__iadd__':'add', '__isub__':'sub', '__imul__':'mul', '__ipow__':'pow',
+    '__itruediv__':'div', '__idiv__':'div'}
 
 def base_name(f)->str:
     "The name of the function that `f` is in place; '' if it isn't, by its name"
     if getattr(f, 'ours', False): return '' # `recorded`: its name says nothing
     name = getattr(f, '__name__', '')
-    return operators.get(name) or (name[:-1] if name.endswith('_') and not name.endswith('__') else '')
+    is_in_place = name.endswith('_') and not name.endswith('__')
+    return operators.get(name) or (name[:-1] if is_in_place else '')
 
 def rule_of(f)->Rule|None:
     "The rule of `f`, or of the function that it is in place"
     found = getattr(f, 'rule', None) or registry.get(f)
     if found is not None or not (base := base_name(f)): return found
-    return next((registry[g] for home in homes_of(f) if (g := getattr(home, base, None)) in registry), None)
+    of_that_name = (getattr(home, base, None) for home in homes_of(f))
+    return next((registry[g] for g in of_that_name if g in registry), None)
 
 def by_rule(f, out, *args, **kwargs):
-    "Assign the `.g` of the arguments of `f`, which gave `out`, by its rule or its kernel: a `bwd` in one line"
+    "A `bwd` in one line: assign the `.g` of the arguments by the rule of `f`, or its kernel"
     rule_of(f).assign(out, args, kwargs)
 
-def homes_of(f): return sorted((torch,Tensor,F), key=lambda home: getattr(home, getattr(f, '__name__', ''), None) is not f)
+def homes_of(f):
+    "torch's three namespaces, the one that `f` is in first"
+    name = getattr(f, '__name__', '')
+    return sorted((torch,Tensor,F), key=lambda home: getattr(home, name, None) is not f)
 
 def name_of(f)->str:
     "What errors and tables call a function"
@@ -193,39 +213,52 @@ def name_of(f)->str:
     return name.removeprefix('torch.').replace('nn.functional.', 'F.').removesuffix('.__get__')
 
 # %% ../../nbs/core/107_rules.ipynb #861fd702
-blind = {n:lambda *_: False for n in ('has_torch_function','has_torch_function_unary','has_torch_function_variadic')}
+blind = {'has_torch_function'+n:lambda *_: False for n in ('','_unary','_variadic')}
 bodies = {}
 
 def body_of(f):
-    "torch's Python function `f` without its question whether someone else would answer; None if it isn't Python"
-    if f not in bodies:
-        names = f.__code__.co_names if isinstance(f, types.FunctionType) and f.__module__.split('.')[0]=='torch' else ()
-        ours = {*names}&{*blind} and 'overrides' not in names # `overrides.has_torch_function` would ask all the same
-        body = types.FunctionType(f.__code__, {**f.__globals__, **blind}, f.__name__, f.__defaults__, f.__closure__) if ours else None
-        if body: body.__kwdefaults__ = f.__kwdefaults__
-        bodies[f] = body
+    "`unasking(f)`, made once"
+    if f not in bodies: bodies[f] = unasking(f)
     return bodies[f]
+
+def unasking(f):
+    "torch's Python function `f` without its question who else would answer; None if it has none"
+    if not (isinstance(f, types.FunctionType) and f.__module__.split('.')[0]=='torch'): return None
+    names = {*f.__code__.co_names}
+    # `overrides.has_torch_function` would ask all the same
+    if not names&{*blind} or 'overrides' in names: return None
+    seeing = {**f.__globals__, **blind}
+    body = types.FunctionType(f.__code__, seeing, f.__name__, f.__defaults__, f.__closure__)
+    body.__kwdefaults__ = f.__kwdefaults__
+    return body
 
 # %% ../../nbs/core/107_rules.ipynb #0bcc791b
 def members(o, names): return {v for n in names.split() if (v := getattr(o, n, None)) is not None}
 def getters(names): return {getattr(Tensor, n).__get__ for n in names.split() if hasattr(Tensor, n)}
 
-forms = (getters('''shape dtype device ndim is_cuda requires_grad grad_fn is_nested layout is_sparse is_quantized is_meta
-        is_leaf grad _version names itemsize nbytes is_cpu is_mps''')
-    | members(Tensor, '''size dim numel nelement stride is_contiguous is_floating_point is_complex is_signed __len__ __hash__
-        storage_offset element_size get_device ndimension is_same_size is_inference is_shared retain_grad __dir__''')
-    | members(torch, 'numel is_tensor is_floating_point is_complex is_same_size result_type can_cast get_device'))
+forms = (getters('''shape dtype device ndim is_cuda requires_grad grad_fn is_nested layout is_sparse
+        is_quantized is_meta is_leaf grad _version names itemsize nbytes is_cpu is_mps''')
+    | members(Tensor, '''size dim numel nelement stride is_contiguous is_floating_point is_complex
+        is_signed __len__ __hash__ storage_offset element_size get_device ndimension is_same_size
+        is_inference is_shared retain_grad __dir__''')
+    | members(torch, '''numel is_tensor is_floating_point is_complex is_same_size result_type
+        can_cast get_device'''))
 looks = (forms | members(torch, 'is_nonzero equal allclose')
-    | members(Tensor, '__format__ __repr__ data_ptr __bool__ __float__ __int__ __index__ item tolist __contains__'))
-cuts = {Tensor.detach, torch.detach, Tensor.detach_, torch.detach_} | {v for o in (torch,Tensor) for v in members(o, '''zeros_like ones_like empty_like
-    full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full new_tensor bernoulli''')}
+    | members(Tensor, '''__format__ __repr__ data_ptr __bool__ __float__ __int__ __index__ item
+        tolist __contains__'''))
+_new = '''zeros_like ones_like empty_like full_like rand_like randn_like randint_like
+    new_zeros new_ones new_empty new_full new_tensor bernoulli detach detach_'''
+cuts = members(torch, _new) | members(Tensor, _new)
 by_form = members(Tensor, 'expand_as view_as reshape_as type_as') # of their second argument
 formal = forms | cuts | {Tensor.to} | getters('_backward_hooks')
-escapes = members(Tensor, 'numpy __array__ __dlpack__ __deepcopy__ storage untyped_storage _typed_storage set_') | {Tensor.data.__set__}
+escapes = {Tensor.data.__set__} | members(Tensor, '''numpy __array__ __dlpack__ __deepcopy__ storage
+    untyped_storage _typed_storage set_''')
 wanting = {Tensor.requires_grad_, Tensor.requires_grad.__set__}
 asks = Tensor.requires_grad.__get__ # True of what has a gradient
-instead = {Tensor.data.__get__: Tensor.detach} # which shares the count of changes in place, as `.data` doesn't
-hooking = members(Tensor, 'register_hook register_post_accumulate_grad_hook') # hooks that only autograd calls
+# which shares the count of changes in place, as `.data` doesn't
+instead = {Tensor.data.__get__: Tensor.detach}
+# hooks that only autograd calls
+hooking = members(Tensor, 'register_hook register_post_accumulate_grad_hook')
 differentiating = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 modes = members(torch._C, '_set_grad_enabled')
 
@@ -234,10 +267,10 @@ kinds = {} # by function; emptied when a rule is registered
 class Kind:
     "What a record does with a function `f`"
     def __init__(self, f, rule=None):
-        self.ours = getattr(f, 'ours', False) # and what it returns is a tensor of its own, even if it returns what it was given
+        self.ours = getattr(f, 'ours', False) # what it returns becomes a tensor of its own
         self.looks,self.special = f in looks,f in modes or f in wanting
         self.f = f = instead.get(f, f)
         self.rule,self.cuts,self.escapes = rule or rule_of(f),f in cuts,f in escapes
         self.body = body_of(f) if self.rule is None and not (self.cuts or self.escapes) else None
         self.in_place = not self.ours and (bool(base_name(f)) or f is Tensor.__setitem__)
-        self.may_be_in_place = self.rule is not None and not self.ours and 'inplace' in self.rule.names
+        self.may_be_in_place = not self.ours and 'inplace' in getattr(self.rule, 'names', ())

@@ -20,19 +20,28 @@ class StandIn:
     def __init_subclass__(cls): "Whatever the module's class does here, it has done"
     def _seen(self, v):
         if isinstance(v, Tensor): return self._aliases.get(v, v)
-        return stand_in(v, self._aliases, self._called, inside=True) if isinstance(v, nn.Module) else v
+        if not isinstance(v, nn.Module): return v
+        return stand_in(v, self._aliases, self._called, inside=True)
     def __getattr__(self, k):
-        v = getattr(self._real, k)
-        if self._called is not None and k not in internals and (k in vars(self._real) or k in self._real._buffers):
-            if self._called[id(self._real)].get(k)!=as_it_is(v): raise GradError(f"{type(self).__name__}: "
-                f"bwd reads self.{k}, which was changed after the call: keep it on the output, as out.{k}")
-        return {n:self._seen(o) for n,o in v.items()} if k in ('_parameters','_modules') else self._seen(v)
+        real = self._real
+        v = getattr(real, k)
+        if self._called is not None and k not in internals:
+            is_own = k in vars(real) or k in real._buffers
+            if is_own and self._called[id(real)].get(k)!=as_it_is(v):
+                raise GradError(f"{type(self).__name__}: bwd reads self.{k}, which was changed "
+                    f"after the call: keep it on the output, as out.{k}")
+        if k in ('_parameters','_modules'): return {n:self._seen(o) for n,o in v.items()}
+        return self._seen(v)
     def __setattr__(self, k, v): setattr(self._real, k, v)
     def _first_time(self):
-        if self._inside and any([p.g is not None for p in self.parameters()]): raise GradError(f"{type(self).__name__}: its bwd runs "
-            "a second time in that of another, and would overwrite the .g of its parameters: set them to None in between, and add them up")
-    def backward(self, *args, **kwargs): raise GradError(f"{type(self).__name__}: backward() inside a bwd: what a forward "
-        "with a bwd of its own calls leaves no record; leave that bwd out, and the chain rule does it, or write it out")
+        if self._inside and any([p.g is not None for p in self.parameters()]):
+            raise GradError(f"{type(self).__name__}: its bwd runs a second time "
+                "in that of another, and would overwrite the .g of its parameters: "
+                "set them to None in between, and add them up")
+    def backward(self, *args, **kwargs):
+        raise GradError(f"{type(self).__name__}: backward() inside a bwd: "
+            "what a forward with a bwd of its own calls leaves no record; "
+            "leave that bwd out, and the chain rule does it, or write it out")
 
 def as_called(module)->dict:
     "What a module, and each in it, holds now, by the module's id"
@@ -50,10 +59,12 @@ def overridable(cls, k):
 
 _stand_ins = {}
 def stand_in_class(cls):
-    "Instances of it pass for ones of `cls`, so that methods and `super()` work; it must be made before anything is compiled"
-    if cls not in _stand_ins:
-        of_class = {k:v for c in reversed(cls.__mro__[:cls.__mro__.index(nn.Module)]) for k,v in vars(c).items() if not k.startswith('__')}
-        own = {k:overridable(cls, k) for k,v in of_class.items() if isinstance(v, FunctionType) or not hasattr(v, '__get__')}
+    "Its instances pass for ones of `cls`, so that methods and `super()` work"
+    if cls not in _stand_ins: # a compiler can't make one
+        ours = cls.__mro__[:cls.__mro__.index(nn.Module)]
+        of_class = {k:v for c in reversed(ours) for k,v in vars(c).items()}
+        own = {k:overridable(cls, k) for k,v in of_class.items() if not k.startswith('__')
+            and (isinstance(v, FunctionType) or not hasattr(v, '__get__'))}
         for k in {*own}&{*vars(StandIn)}: del own[k]
         _stand_ins[cls] = type(cls.__name__, (StandIn,cls), own)
     return _stand_ins[cls]
@@ -67,8 +78,10 @@ def stand_in(
 ):
     "What `bwd` gets for `self`"
     new = object.__new__(stand_in_class(type(module)))
-    for k,v in (('_real',module),('_aliases',aliases),('_called',called),('_inside',inside)): object.__setattr__(new, k, v)
-    if named: vars(new).update((k,aliases[p]) for k,p in named.items() if p is not None) # in Python, where it may be fast
+    attrs = ('_real',module),('_aliases',aliases),('_called',called),('_inside',inside)
+    for k,v in attrs: object.__setattr__(new, k, v)
+    if named: # outside of a compiler: to be found at once, without `__getattr__`
+        vars(new).update((k,aliases[p]) for k,p in named.items() if p is not None)
     return new
 
 # %% ../../nbs/core/114_stand_ins.ipynb #5d10b008
@@ -83,16 +96,19 @@ class LayerRule(Rule):
         return [named.get(id(p), 'a parameter that was replaced') for p in call.f.params]
     def run(self, call):
         layer = call.f
-        stand_in(layer.module, dict(zip(layer.params, call.own)), layer.called, layer.named).bwd(call.out, *call.args, **call.kwargs)
+        aliases = dict(zip(layer.params, call.own))
+        me = stand_in(layer.module, aliases, layer.called, layer.named)
+        me.bwd(call.out, *call.args, **call.kwargs)
     def autocast_now(self, outs):
         found = autocast_of(outs)
         return found and torch.autocast(*found, cache_enabled=False)
 
 def autocast_of(ts):
-    "The kind of device that `ts` are on, and the dtype that autocast has there; None where it is off"
+    "The kind of device of `ts`, and the dtype that autocast has there; None where it is off"
     if not torch._C._is_any_autocast_enabled(): return None
     device = ts[0].device.type if ts else 'cpu'
-    return (device,torch.get_autocast_dtype(device)) if device!='meta' and torch.is_autocast_enabled(device) else None
+    if device=='meta' or not torch.is_autocast_enabled(device): return None
+    return device,torch.get_autocast_dtype(device)
 
 @cache
 def layer_rule(cls, saves, exact):
@@ -107,9 +123,11 @@ def is_known(cls):
 
 class Layer:
     "One call of a module with a `bwd`, as a function of its arguments and a `Kind` of its own"
-    ours,looks,special,cuts,escapes,body,in_place,may_be_in_place = True,False,False,False,False,None,False,False
+    ours,body = True,None
+    looks = special = cuts = escapes = in_place = may_be_in_place = False
     def __init__(self, module, params):
-        self.module,self.params,self.named,self.__qualname__ = module,params,module._parameters.copy(),type(module).__name__
+        self.module,self.params,self.named = module,params,module._parameters.copy()
+        self.__qualname__ = type(module).__name__
         self.rule = layer_rule(type(module), module.saves, module.exact)
     @property
     def f(self): return self

@@ -31,8 +31,9 @@ class TinyRecord(TorchFunctionMode):
 
     def note(self, rule, args, kwargs, out):
         "A call, and that it made `out`"
-        args,kwargs = maptree(lambda t: t, args),maptree(lambda t: t, kwargs) # a list may be changed later
-        self.calls.append((rule, args, kwargs, out, [self.source(t) for t in floats((args,kwargs))]))
+        args,kwargs = maptree(lambda t: t, (args,kwargs)) # copies: a list may be changed later
+        sources = [self.source(t) for t in floats((args,kwargs))]
+        self.calls.append((rule, args, kwargs, out, sources))
         for i,o in enumerate(floats(out)): self.made_by[id(o)] = len(self.calls)-1,i
         return out
 
@@ -57,7 +58,8 @@ class TinyRecord(TorchFunctionMode):
                 a = o.detach()
                 vars(a).update(vars(o), g=grads.get((n, next(upstream)[0]), torch.zeros_like(o)))
                 return a
-            args,kwargs,out = maptree(alias, args),maptree(alias, rule.renamed(kwargs)),maptree(with_g, out)
+            args,kwargs = maptree(alias, (args,rule.renamed(kwargs)))
+            out = maptree(with_g, out)
             rule.grad(out, *args, **kwargs)
             for source,inp in zip(sources, inps): grads[source] = grads.get(source, 0)+inp.g
         for _,args,kwargs,out,_ in self.calls:

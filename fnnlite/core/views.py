@@ -15,11 +15,15 @@ from .rules import Rule, form_of, rule_of
 
 # %% ../../nbs/core/111_views.ipynb #cdb34732
 def settled(o, consts=()):
-    "`o` as it is now: lists, arrays, and single numbers in tensors (whole ones, and those in `consts`) may be changed later"
-    if isinstance(o, Tensor): return o.clone() if o.ndim==0 and (not is_float(o) or id(o) in consts) else o
+    "`o` as it is now: lists, arrays, and single numbers in tensors may be changed later"
+    if isinstance(o, Tensor):
+        is_number = o.ndim==0 and (not is_float(o) or id(o) in consts)
+        return o.clone() if is_number else o
     if type(o) in plain: return o
     if hasattr(o, '__array__'): return o.copy() # numpy's
-    if isinstance(o, slice): return slice(*(int(v) if isinstance(v, Tensor) else v for v in (o.start,o.stop,o.step)))
+    if isinstance(o, slice):
+        ends = o.start,o.stop,o.step
+        return slice(*(int(v) if isinstance(v, Tensor) else v for v in ends))
     if isinstance(o, dict): return {k:settled(v, consts) for k,v in o.items()}
     if not isinstance(o, (list,tuple)): return o
     new = [settled(v, consts) for v in o]
@@ -30,7 +34,8 @@ def form(t): return t.shape,t.stride()
 class View:
     "What shows a part of `base`: how it was made"
     def __init__(self, t, base, f, args, kwargs, i):
-        self.t,self.base,self.form,self.f,self.args,self.kwargs,self.i = t,base,form(base),f,args,kwargs,i
+        self.t,self.base,self.form = t,base,form(base)
+        self.f,self.args,self.kwargs,self.i = f,args,kwargs,i
 
     @property
     def rule(self):
@@ -38,7 +43,8 @@ class View:
         rule = rule_of(self.f)
         if self.i is None: return rule
         def one_grad(out, *args, **kwargs):
-            outs = maptree(Tensor.detach, self.f(*maptree(form_of, args), **maptree(form_of, kwargs)))
+            outs = self.f(*maptree(form_of, args), **maptree(form_of, kwargs))
+            outs = maptree(Tensor.detach, outs)
             for i,o in enumerate(floats(outs)): o.g = out.g if i==self.i else torch.zeros_like(o)
             rule.assign(outs, args, kwargs)
         return Rule(one_grad, saves='')
@@ -51,7 +57,8 @@ class View:
 def written_through(base, part, view): "`base`, whose part `view(base)` was changed in place"
 def written_grad(out, base, part, view):
     g = torch.empty_like(base).copy_(out.g) # laid out as `view` needs it
-    if not torch._C._is_alias_of(view(g), g): raise GradError("a view was changed in place that is no view of a gradient")
+    if not torch._C._is_alias_of(view(g), g):
+        raise GradError("a view was changed in place that is no view of a gradient")
     if wants(part): part.g = view(g).clone()
     if wants(base):
         view(g).zero_()
@@ -62,12 +69,13 @@ writing = Rule(written_grad, saves='')
 class Views:
     "The part of a record that knows of changes in place"
     def in_place(self, f, rule, args, kwargs, ts, sources, versions):
-        "Run `f`, which changes its first argument: from now on the numbers of that tensor are from this call"
+        "Run `f`, which changes its first argument: the numbers of that tensor are this call's now"
         t,bases = ts[0],self.behind(ts[0], f)
         guards.has_rule(self, f, rule, ts)
         for o in (t, *(base for base,*_ in bases)): guards.made_here(self, f, o)
         before = {id(o):o.clone() for o in ts if o is not t and torch._C._is_alias_of(o, t)}
-        before[id(t)] = t.clone() if before or rule.reads('inp') or sum(o is t for o in ts)>1 else t.detach()
+        is_read = before or rule.reads('inp') or sum(o is t for o in ts)>1
+        before[id(t)] = t.clone() if is_read else t.detach()
         was_form = form(t)
         out = self.plain(rule.forward or f, args, kwargs)
         if out is not None and out is not t: self.plain(t.copy_, (out,), {})
@@ -76,9 +84,11 @@ class Views:
         others = [(o,v) for o,v in zip(ts, versions) if id(o) not in before]
         guards.unchanged(self, f, [o for o,_ in others], [v for _,v in others])
         args,kwargs = (maptree(lambda o: before.get(id(o), o), o) for o in (args,kwargs))
-        self.note_again(f, rule, args, kwargs, t, sources, None if out is None else kept_on(floats(out)))
+        kept = None if out is None else kept_on(floats(out))
+        self.note_again(f, rule, args, kwargs, t, sources, kept)
         for base,source,part,view in bases:
-            self.note_again(written_through, writing, (base.detach(), part, view), {}, base, [source,self.source(part, f)])
+            args,sources = (base.detach(), part, view),[source, self.source(part, f)]
+            self.note_again(written_through, writing, args, {}, base, sources)
         for *_,part,_ in bases:
             part.mark = *part.mark[:3],None,id(part) # from the base, when it is next used
         return None if out is None else t
@@ -87,7 +97,8 @@ class Views:
         "Let the calls so far have `before` in place of `t`, which has another form now"
         kept = lambda o: maptree(lambda v: before if v is t else v, o)
         for call in self.made:
-            call.args,call.kwargs,call.out,call.noted = kept((call.args,call.kwargs,call.out,call.noted))
+            call.args,call.kwargs = kept((call.args,call.kwargs))
+            call.out,call.noted = kept((call.out,call.noted))
             call.outs = floats(call.out)
 
     def note_again(self, f, rule, args, kwargs, t, sources, kept=None):
@@ -96,8 +107,8 @@ class Views:
         self.note(f, rule, (), args, kwargs, t, [t], came_in, floats((args,kwargs)), sources, kept)
 
     def behind(self, t, f)->list:
-        "The tensors of which the view `t` shows a part, from the nearest on: each with its source, the part, and the way to it"
-        found = []
+        "The tensors of which the view `t` shows a part, from the nearest on"
+        found = [] # each with its source, the part, and the way to it
         while (v := self.views.get(id(t))) is not None:
             if form(v.base)!=v.form: guards.fresh(self, f, v.base, None)
             guards.shows_each_once(self, f, v.base)
@@ -115,13 +126,16 @@ class Views:
         if not ts: return
         for i,o in enumerate(outs):
             if o._is_view() and o is not ts[0] and torch._C._is_alias_of(o, ts[0]):
-                self.views[id(o)] = View(o, ts[0], f, settled(args), settled(kwargs), None if isinstance(out, Tensor) else i)
+                which = None if isinstance(out, Tensor) else i
+                self.views[id(o)] = View(o, ts[0], f, settled(args), settled(kwargs), which)
 
     def shown_again(self, t, version, f):
-        "The source of a view whose base was changed by a call: the view shows the new numbers, by a new call"
+        "The source of a view whose base was changed by a call: a new call, with the new numbers"
         v = self.views.get(id(t))
         if v is None or form(v.base)!=v.form: guards.fresh(self, f, t, version)
         source = self.source(v.base, f)
         if source is None: self.mark(t, None)
-        else: self.note_again(v.f, v.rule, v.args, v.kwargs, t, [source if o is v.base else None for o in floats((v.args,v.kwargs))])
+        else:
+            sources = [source if o is v.base else None for o in floats((v.args,v.kwargs))]
+            self.note_again(v.f, v.rule, v.args, v.kwargs, t, sources)
         return self.source(t, f)
