@@ -475,3 +475,19 @@ def test_a_view_of_a_parameter_made_under_no_grad():
         loss = (v*x).sum()
     rec.backward(loss)
     assert v.g is None and w.g is None
+
+@pytest.mark.parametrize('nodes', [False, True], ids=['walk', 'node'])
+@pytest.mark.parametrize('what', ['inp', 'w', 'out'])
+def test_a_bwd_that_changes_what_came_in(what, nodes):
+    "It would be right itself, and leave the net with other numbers."
+    class Changes(Module):
+        def __init__(self): self.w = rand(3)
+        def forward(self, inp): return inp*self.w
+        def bwd(self, out, inp):
+            inp.g,self.w.g = out.g*self.w,(out.g*inp).sum(0)
+            {'inp':inp, 'w':self.w, 'out':out}[what].mul_(2)
+    layer,x = Changes().as_nodes(nodes),rand(4, 3).requires_grad_()
+    loss = layer(x).sum()
+    with pytest.raises(GradError, match='(?s)changed .* in place.*work on a copy'): loss.backward() if nodes else layer.backward(torch.ones(4, 3, dtype=torch.float64))
+    if not nodes:
+        with pytest.raises(GradError, match='in place'): check_grads(Changes(), rand(4, 3), show=False)

@@ -220,7 +220,7 @@ def in_memory_of_their_own(gs, ts, others):
 def run(call):
     "Run the rule of `call`, without autocast but where the rule asks for that of the forward"
     gs = [o.g for o in floats(call.out)]
-    versions = [g._version for g in gs]
+    versions = [t._version for t in (*gs, *call.noted)]
     try:
         if not torch._C._is_any_autocast_enabled() and call.autocast is None: call.rule.run(call)
         else:
@@ -230,4 +230,4 @@ def run(call):
     except Exception as e:
         guards.with_shapes(e, call)
         raise
-    guards.upstream_as_it_was(call, gs, versions)
+    guards.changes_nothing(call, gs, call.noted, versions)

@@ -8,7 +8,7 @@ __all__ = ['shape', 'typed', 'can_see', 'not_in_a_function', 'stays_as_it_is', '
            'only_statistics', 'no_hooks', 'other_record', 'stays_inside', 'stays_in_graph', 'made_here',
            'shows_each_once', 'unchanged', 'has_rule', 'can_start', 'comes_in_time', 'consumers_walked', 'can_reach',
            'shown_as_it_was', 'in_words', 'memory_of', 'same_memory', 'as_it_was', 'can_replace', 'replaces_only',
-           'with_shapes', 'note_shapes', 'upstream_as_it_was', 'passes', 'all_or_nothing', 'fits', 'OnlyItsOwn',
+           'with_shapes', 'note_shapes', 'changes_nothing', 'passes', 'all_or_nothing', 'fits', 'OnlyItsOwn',
            'only_its_own', 'Watch']
 
 # %% ../../nbs/core/109_guards.ipynb #e09ed16e
@@ -298,10 +298,13 @@ def note_shapes(e, who, outs, named):
     shapes = ', '.join(f"{name} {tuple(t.shape)}" for name,t in named)
     if hasattr(e, 'add_note'): e.add_note(f"in the rule of {who}: {shapes}") # Python 3.11
 
-def upstream_as_it_was(call, gs, versions):
-    "Refuse a rule that changed `out.g` in place, which others read too"
-    if [g._version for g in gs]!=versions:
-        raise GradError(f"{call}: the rule changed out.g in place: let it work on a copy")
+def changes_nothing(call, gs, ts, versions):
+    "Refuse a rule that changed `out.g`, or what came in or out, in place: it isn't the rule's own"
+    now = [t._version for t in (*gs, *ts)]
+    if now==versions: return
+    i = next(i for i,(a,b) in enumerate(zip(now, versions)) if a!=b)
+    what = "out.g, or a .g that is the same tensor," if i<len(gs) else shape(ts[i-len(gs)])
+    raise GradError(f"{call}: the rule changed {what} in place: let it work on a copy")
 
 def passes(call, a, t):
     "Refuse what a rule assigned to the alias `a` of `t` unless it can be a gradient"

@@ -76,7 +76,7 @@ class Node(torch.autograd.Function):
         own = zip(ctx.memory, saved[n-len(real):])
         memory = [m for m,t in own if torch._C._is_alias_of(t, m[0])] # what a hook saved is a copy
         guards.same_memory(name, memory)
-        versions = [] if is_compiling() else [g._version for g in upstream]
+        versions = [] if is_compiling() else [t._version for t in (*upstream, *saved)]
         ts = [t.detach() if a else const(t.detach()) for t,a in zip(saved, asked)]
         args,kwargs = _fill((args,kwargs), iter(ts))
         out,kept = _fill((out,kept), iter([t.detach() for t in saved[n:]]))
@@ -93,7 +93,7 @@ class Node(torch.autograd.Function):
             if not is_compiling():
                 guards.note_shapes(e, name, tensors(out), named(module, args, kwargs))
             raise
-        if not is_compiling(): guards.upstream_as_it_was(name, upstream, versions)
+        if not is_compiling(): guards.changes_nothing(name, upstream, saved, versions)
         gs = []
         for t,a in zip(ts, asked):
             who = lambda: f"{name}: {'its input' if len(gs)<n-len(real) else 'a parameter'}"

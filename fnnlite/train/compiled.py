@@ -197,8 +197,9 @@ class CompiledStep:
             raise TypeError(f"compile_step: model is a {type(model).__name__}, expected a fnnlite "
                 "Module")
         if not isinstance(opt, Optimizer):
-            raise TypeError(f"compile_step: opt is a {type(opt).__name__}, expected an optimizer "
-                "of fnnlite.train.optimizers")
+            kind = f"{type(opt).__module__}.{type(opt).__qualname__}"
+            raise TypeError(f"compile_step: opt is a {kind}, "
+                "expected an optimizer of fnnlite.train.optimizers")
         self.keep = [keep] if isinstance(keep, str) else list(keep)
         names = {**dict(model.named_modules()), **dict(model.named_parameters())}
         for n in self.keep:
