@@ -488,6 +488,7 @@ def test_a_bwd_that_changes_what_came_in(what, nodes):
             {'inp':inp, 'w':self.w, 'out':out}[what].mul_(2)
     layer,x = Changes().as_nodes(nodes),rand(4, 3).requires_grad_()
     loss = layer(x).sum()
-    with pytest.raises(GradError, match='(?s)changed .* in place.*work on a copy'): loss.backward() if nodes else layer.backward(torch.ones(4, 3, dtype=torch.float64))
+    with pytest.raises(GradError, match='(?s)changed .* in place.*work on a copy'):
+        loss.backward() if nodes else layer.backward(torch.ones(4, 3, dtype=torch.float64))
     if not nodes:
         with pytest.raises(GradError, match='in place'): check_grads(Changes(), rand(4, 3), show=False)

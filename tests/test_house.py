@@ -53,6 +53,12 @@ def test_no_room_has_the_name_of_what_it_exports(room):
     "Or `from fnnlite.ops import name` could mean either."
     assert room.rpartition('.')[2] not in import_module(room).__all__
 
+def test_code_fits_a_page():
+    "At most 100 columns, in all notebooks."
+    for nb in nbs.rglob('*.ipynb'):
+        for c in read_nb(nb).cells:
+            for line in c.source.split('\n') if c.cell_type=='code' else (): assert len(line)<=100, f"{nb.name}: {line}"
+
 @each_room
 def test_rooms_are_small(room):
     assert len(Path(import_module(room).__file__).read_text(encoding='utf-8').splitlines())<=380 # of at most 100 columns
