@@ -61,7 +61,7 @@ def write_file(
     _sync_folder(path.parent)
 
 def _checksum(text, tensors)->str:
-    "Of a JSON text and all that `tensors` are"
+    "A hash of a JSON text, and of the names, dtypes, shapes and bytes of `tensors`"
     h = hashlib.sha256(text.encode())
     for k,t in sorted(tensors.items()):
         h.update(json.dumps([k, str(t.dtype), list(t.shape)]).encode())
@@ -93,7 +93,7 @@ def read_tensors(
             tensors,meta = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
     except (SafetensorError, OSError, RuntimeError) as e:
         raise bad_file(path, e, expected, CheckpointError) from e
-    # neither from elsewhere nor from before there was a checksum
+    # a file from elsewhere has no checksum
     if not meta.get('fnnlite', '{').startswith('{'):
         came,_,meta['fnnlite'] = meta['fnnlite'].partition(' ')
         if came!=_checksum(meta['fnnlite'], tensors):
@@ -117,8 +117,8 @@ def load_tensors(
 
 # %% ../../nbs/train/162_checkpoints.ipynb #f3a85c87
 class FolderLock:
-    """With it, nobody else has a lock on `folder`; what killed writers left there is gone. It may
-    be entered again inside"""
+    """Inside, nobody else has a lock on `folder`, and what killed writers left there is gone. It
+    may be entered several times"""
     locked = weakref.WeakSet()
     def __init__(self, folder): self.folder,self.depth = Path(folder),0
     def __enter__(self):
@@ -138,7 +138,7 @@ class FolderLock:
             for tmp in self.folder.glob(f'.*{_tmp}'):
                 with suppress(OSError), open(tmp, 'rb') as f:
                     if _lock(f): tmp.unlink()
-            # rather an error now than after the first epoch
+            # a folder that can't be written to fails here, and not after the first epoch
             with _temporary(self.folder/'lock'): pass
         except BaseException: self.close(); raise
 
@@ -162,8 +162,8 @@ def check_fit(
             raise CheckpointError(f"{path}: has no tensor {k!r}, which the model needs")
         if k not in have:
             raise CheckpointError(f"{path}: has a tensor {k!r}, which the model lacks")
-        for what,came,expected in (('shape',*(tuple(t.shape) for t in (tensors[k],have[k]))),
-            ('dtype',tensors[k].dtype,have[k].dtype)):
+        for what,of in ('shape',lambda t: tuple(t.shape)),('dtype',lambda t: t.dtype):
+            came,expected = of(tensors[k]),of(have[k])
             if came!=expected:
                 raise CheckpointError(
                     f"{path}: tensor {k!r} has {what} {came}, expected {expected}")
@@ -173,8 +173,8 @@ def put_state(
     tensors:dict, # its `state_dict`, perhaps
     path, # where that came from, for the error
 ):
-    """`module.load_state_dict(tensors)`; CheckpointError that names the tensor, before anything
-    is changed, if they don't fit"""
+    """`module.load_state_dict(tensors)`; CheckpointError, before anything is changed, that names
+    the first tensor that doesn't fit"""
     check_fit(module.state_dict(), tensors, path)
     module.load_state_dict(tensors)
 
@@ -199,9 +199,9 @@ def load_weights(
 
 # %% ../../nbs/train/162_checkpoints.ipynb #3d9780cb
 _draws = torch.Generator,random.Random,np.random.RandomState,np.random.Generator
+# the attributes that may hold one
 _holds = ('sampler','batch_sampler','data_source','dataset','datasets','transform','transforms',
-    'target_transform',
-          'collate_fn') # attributes that may have such a thing
+    'target_transform','collate_fn')
 
 def generators(
     dls, # with `train` and `valid`
@@ -232,7 +232,7 @@ def generators(
 def rng_state(
     g, # a generator of torch's, Python's or numpy's; or the module `random` or `numpy.random`
 ):
-    "Its state: a tensor, or what JSON can hold"
+    "The state of `g`: a tensor, or what JSON can hold"
     if isinstance(g, torch.Generator): return g.get_state()
     if hasattr(g, 'getstate'): return g.getstate()
     state = g.get_state(legacy=False) if hasattr(g, 'get_state') else g.bit_generator.state
@@ -244,13 +244,13 @@ def set_rng_state(
     g, # as in `rng_state`
     state, # what that gave
 ):
-    "Go on drawing from there"
+    "Set the state of `g`"
     if isinstance(g, torch.Generator): g.set_state(state)
     elif hasattr(g, 'setstate'):
         version,ints,gauss = state
         g.setstate((version, tuple(ints), None if gauss is None else float(gauss)))
     else:
-        # numpy would read there
+        # numpy would read beyond its numbers
         if not 0<=state['state'].get('pos', 0)<=624: raise ValueError("pos is beyond the end")
         if hasattr(g, 'set_state'): g.set_state(state)
         else: g.bit_generator.state = state

@@ -73,8 +73,8 @@ def found(
     for path in folder.glob(f'{key}-*.so'):
         calls = path.with_suffix('.json')
         try:
-            if path.stem==_name(key, _read(path), _read(calls) if calls.is_symlink()
-                or calls.exists() else b''): return path
+            there = calls.is_symlink() or calls.exists()
+            if path.stem==_name(key, _read(path), _read(calls) if there else b''): return path
             why = f"{path} is damaged"
         except FileNotFoundError: continue # another process has just removed it
         except OSError as e: why = str(e)
@@ -155,9 +155,9 @@ def library(
     "The library for `gm`, from the cache or the compiler"
     constants = [getattr(gm, n.target).tolist() for n in gm.graph.nodes if n.op=='get_attr']
     inputs = [(t.shape,t.stride(),t.dtype,t.device) for t in ts]
+    versions = torch.__version__,torch.version.git_version
     machine = torch.get_num_threads(),torch.backends.cpu.get_cpu_capability()
-    known = [gm.code, constants, inputs, _options, torch.__version__, torch.version.git_version,
-        machine,
-             getsource(routes)] # which has what an operation of our own is to a compiler
+    own = getsource(routes) # with what an operation of our own is to a compiler
+    known = [gm.code, constants, inputs, _options, versions, machine, own]
     key,folder = hashlib.sha256(repr(known).encode()).hexdigest(),cache_folder()
     return found(folder, key) or kept(folder, key, *compile_library(gm, ts))

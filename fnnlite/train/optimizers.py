@@ -12,19 +12,16 @@ from ..core.record import traced
 
 # %% ../../nbs/train/160_optimizers.ipynb #e0aef1b6
 def _go(ps, steps, lr):
-    "p -= lr·step; a graph can't read the number in `lr`, and on a GPU it would mean to wait"
+    "p -= lr·step; a graph can't read the number in `lr`, and reading it from a GPU means waiting"
     if isinstance(lr, Tensor) and (traced() or lr.is_cuda):
         torch._foreach_sub_(ps, torch._foreach_mul(steps, lr))
     else: torch._foreach_add_(ps, steps, alpha=-float(lr))
 
 def _numbers(xs):
-    """The numbers in the vector `xs`. Inductor computes them anew wherever they are needed,
-    unless they come out of a reduction"""
+    "The numbers in the vector `xs`; `amax`, or inductor would compute them at each use"
     return xs.expand(16, len(xs)).amax(0).unbind() if traced() or xs.is_cuda else xs.tolist()
 
-
-
-# an input of a graph isn't asked for its number; see `Varying`
+# a tensor stands for a number that isn't 0; see `Varying`
 def _on(x): return isinstance(x, Tensor) or x!=0
 
 def _plus(xs, ys, a):
@@ -47,8 +44,7 @@ def clip(
     params, # parameters with gradients
     max_norm:float, # the largest norm that is left alone
 ):
-    """Scale all gradients down together where their norm exceeds `max_norm` (Pascanu, Mikolov and
-    Bengio 2013)"""
+    "Scale all gradients down together where their norm exceeds `max_norm`"
     each = False if traced() else None # a compiler makes loops of its own
     torch.nn.utils.clip_grad_norm_(params, float(max_norm), foreach=each)
 
@@ -83,8 +79,8 @@ def _mean(avgs, gs, beta):
 
 def adam_step(ps, gs, avgs, sqrs, steps, lr, betas=(.9,.999), eps=1e-8, weight_decay=0.,
     decoupled=False):
-    """p -= lr·m/(√s+eps), with m and s running means of g and g², both corrected for their start
-    at zero; `decoupled`: AdamW"""
+    """p -= lr·m/(√s+eps), with m and s running means of g and g², corrected for their start at
+    zero; `decoupled`: AdamW"""
     beta1,beta2 = betas
     if decoupled and _on(weight_decay): torch._foreach_mul_(ps, 1-lr*weight_decay)
     else: gs = _decayed(ps, gs, weight_decay)
@@ -100,8 +96,8 @@ def adam_step(ps, gs, avgs, sqrs, steps, lr, betas=(.9,.999), eps=1e-8, weight_d
 
 # %% ../../nbs/train/160_optimizers.ipynb #1b216702
 def _portions(ps, most=2**20):
-    """`ps` in lists of at most so many numbers, or of one tensor: what a rule makes on its way is
-    then small, and what it reads again still in the cache"""
+    """`ps` in lists of at most `most` numbers, or of one tensor: a rule's intermediate results
+    stay small, and what it reads again is still in the cache"""
     portion,n = [],0
     for p in ps:
         if portion and n+p.numel()>most:
@@ -120,11 +116,11 @@ class Optimizer(torch.optim.Optimizer):
     ):
         super().__init__(params, options)
 
-    _opt_called = True # for the schedulers, which can't see it
+    _opt_called = True # schedulers look for it; their wrapper of `step` would set it
     def _patch_step_function(self): pass
-    def register_step_pre_hook(self, hook): raise NotImplementedError(
-        f"{type(self).__name__} runs no step hooks, for a compiled step couldn't: call them after "
-        "step()")
+    def register_step_pre_hook(self, hook):
+        said = "runs no step hooks, for a compiled step couldn't: call them after step()"
+        raise NotImplementedError(f"{type(self).__name__} {said}")
     register_step_post_hook = register_step_pre_hook
 
     def check_options(self, group):
@@ -151,8 +147,8 @@ class Optimizer(torch.optim.Optimizer):
         self.place_numbers()
 
     def place_numbers(self):
-        """Rates and counts belong on the parameters' GPU: a captured graph reads what is there,
-        and takes a number on the CPU for a constant"""
+        """Put rates and counts on the parameters' GPU: a captured graph reads what is there, and
+        takes a number on the CPU for a constant"""
         for group in self.param_groups:
             devices = {p.device for p in group['params']}
             device = devices.pop() if len(devices)==1 else torch.device('cpu')
@@ -181,8 +177,8 @@ class Optimizer(torch.optim.Optimizer):
         with torch.no_grad():
             for group in self.param_groups:
                 for ps in _portions([p for p in group['params'] if p.grad is not None]):
-                    self.update(ps, [p.grad for p in ps],
-                        [[self.state[p][k] for p in ps] for k in self.memory], group)
+                    memory = [[self.state[p][k] for p in ps] for k in self.memory]
+                    self.update(ps, [p.grad for p in ps], memory, group)
         return loss
     step._wrapped_by_lr_sched = True
 
