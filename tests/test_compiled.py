@@ -71,7 +71,7 @@ def test_tied_weights_and_other_losses(interpreted):
     same(make=lambda: Model(Tied(), Mse()), batch=lambda n=8: (rand(n, 6),rand(n)))
 
 def test_every_step_is_the_graphs(monkeypatch):
-    "Also the first: what the ordinary step did while it was written down is undone, in whatever it changed."
+    "Also the first: what the ordinary step did while it was traced is undone, in whatever it changed."
     ran = []
     def machine_code(gm, ts):
         f = compiled.op_by_op(gm)
@@ -114,7 +114,7 @@ def test_tidied():
         torch.manual_seed(0)
         x,y = torch.arange(3.),torch.ones(3)
         return [*f(x, y), y, torch.get_rng_state()]
-    _,gm,_ = compiled.written_down(f, torch.arange(3.), torch.ones(3))
+    _,gm,_ = compiled.trace(f, torch.arange(3.), torch.ones(3))
     assert all(map(torch.equal, run(gm), run(f)))
     names = [n.target.overloadpacket.__name__ for n in gm.graph.nodes if n.op=='call_function']
     assert names==['select','sum','add_','rand','mul','rand','detach'] # an input isn't returned itself
@@ -682,7 +682,7 @@ def test_learner_stops_at_nan(interpreted):
     with pytest.raises(ArithmeticError, match='the loss is nan'): learn.fit(2)
 
 
-# What Python reads while a step is written down: the second batch shows it
+# What Python reads while a step is traced: the second batch shows it
 
 class Reads(Module):
     def __init__(self, f): self.lin,self.f,self.d = Lin64(4, 3),f,{'k': 1.}

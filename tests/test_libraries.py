@@ -26,7 +26,7 @@ def made(monkeypatch, calls):
     return made
 
 def library(n=3):
-    _,gm,_ = compiled.written_down(lambda a: [a*2+1], torch.ones(n))
+    _,gm,_ = compiled.trace(lambda a: [a*2+1], torch.ones(n))
     return libraries.library(gm, [torch.ones(n)])
 
 def test_kept(folder, made, monkeypatch):

@@ -13,6 +13,7 @@ __all__ = ['parts', 'events', 'inner_events', 'cancels', 'ending', 'CancelExcept
 import csv, io, json, math, random, signal, threading, time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import NoneType
 import numpy as np, torch
 from fastcore.basics import GetAttr
 from ..core.record import floats
@@ -22,11 +23,10 @@ from .optimizers import Optimizer, clip
 
 # %% ../../nbs/train/166_callbacks.ipynb #35f80a07
 parts = ('fit','epoch','train','validate','batch','backward','step')
-events = ([f'{when}_{part}' for part in parts
-    for when in ('before','after_cancel','after')] + ['after_pred','after_loss'])
-
-inner_events = ['after_pred','grad_ready'] + [e for e in events
-    if e.endswith(('_backward','_step'))] # those in the middle of a training step
+events = [f'{when}_{part}' for part in parts for when in ('before','after_cancel','after')]
+events += ['after_pred','after_loss']
+# those in the middle of a training step
+inner_events = ['after_pred','grad_ready',*(e for e in events if e.endswith(('_backward','_step')))]
 
 class CancelException(Exception): "Ends a part of the loop early"
 class CancelFitException(CancelException): "Ends the fit"
@@ -38,15 +38,14 @@ class CancelBackwardException(CancelException): "Ends the backward pass"
 class CancelStepException(CancelException):
     "Leaves out the update; the gradients stay, and the next batch's add to them"
 
-cancels = dict(zip(parts, (CancelFitException, CancelEpochException, CancelTrainException,
-    CancelValidException, CancelBatchException,
-                           CancelBackwardException, CancelStepException)))
+cancels = dict(fit=CancelFitException, epoch=CancelEpochException, train=CancelTrainException,
+    validate=CancelValidException, batch=CancelBatchException, backward=CancelBackwardException,
+    step=CancelStepException)
 
 class Callback(GetAttr):
     "Methods named after `events` are called there; `order` says which callback comes first"
     _default,order,learn = 'learn',0,None
-
-    once = () # the events where, of several processes, only the first one's callback is called
+    once = () # events at which only the first of several processes calls it
 
 # %% ../../nbs/train/166_callbacks.ipynb #70f7f32a
 def _cell(v):
@@ -55,7 +54,7 @@ def _cell(v):
     return f'{v:.4g}' if abs(v)<1e-3 else f'{v:.4f}'
 
 class History(list):
-    "Rows of numbers, an epoch each, as dicts"
+    "Rows of numbers, one dict for each epoch"
     def line(self, row): return '  '.join(_cell(v).rjust(max(8, len(k))) for k,v in row.items())
     def head(self, row): return '  '.join(k.rjust(8) for k in row)
     def __str__(self):
@@ -64,8 +63,8 @@ class History(list):
 
     def _repr_markdown_(self):
         if not self: return str(self)
-        rows = [list(self[0]), ['---']*len(self[0]),
-            *([_cell(v) for v in r.values()] for r in self)]
+        rows = [list(self[0]),['---']*len(self[0])]
+        rows += [[_cell(v) for v in r.values()] for r in self]
         return '\n'.join('| '+' | '.join(r)+' |' for r in rows)
 
     def to_csv(self)->str:
@@ -78,7 +77,7 @@ class History(list):
 
 # %% ../../nbs/train/166_callbacks.ipynb #a50198f0
 def metric_name(m):
-    "How a metric is called in the table"
+    "A metric's name in the table"
     return getattr(m, '__name__', None) or metric_name(getattr(m, 'func', type(m)))
 
 def is_stateful(m):
@@ -139,7 +138,7 @@ class NonFiniteError(ArithmeticError):
     "The loss, or the validation loss, is not finite"
 
 def first_nonfinite(model)->str:
-    "Where in the last recorded call of `model` the numbers stopped being finite"
+    "What was the first not to be finite in the last recorded call of `model`"
     finite = lambda o: all(t.isfinite().all() for t in floats(o))
     if model.out is None: return "the loss (a compiled step doesn't remember what came before it)"
     if not finite(model.args): return "the input"
@@ -148,26 +147,25 @@ def first_nonfinite(model)->str:
         "the loss")
 
 class StopAtNonFinite(Callback):
-    """End the fit with an error when the loss is no longer finite, or at the end of an epoch a
-    weight isn't"""
+    """End the fit with an error when a training loss, or at the end of an epoch a weight or the
+    validation loss, isn't finite"""
+    def fail(self, msg): raise NonFiniteError(f"epoch {self.epoch}{msg}")
     def after_loss(self):
-        if self.training and not self.loss.isfinite(): raise NonFiniteError(
-            f"epoch {self.epoch}, batch {self.iter}: the loss is {self.loss.item()}; the first to "
-            f"be not finite was {first_nonfinite(self.model)}")
+        if self.training and not self.loss.isfinite():
+            self.fail(f", batch {self.iter}: the loss is {self.loss.item()}; the first to be not "
+                f"finite was {first_nonfinite(self.model)}")
 
     def after_epoch(self):
         for name,p in self.model.named_parameters():
             if not p.isfinite().all():
-                raise NonFiniteError(f"epoch {self.epoch}, after its last batch: parameter "
-                    f"'{name}' is not finite")
+                self.fail(f", after its last batch: parameter '{name}' is not finite")
         loss = self.history[-1].get('valid_loss')
         if loss is not None and not math.isfinite(loss):
-            raise NonFiniteError(f"epoch {self.epoch}: the validation loss is {loss}")
+            self.fail(f": the validation loss is {loss}")
 
 # %% ../../nbs/train/166_callbacks.ipynb #f6d2d09c
 class Progress(Callback):
-    """A progress bar over the batches of the fit, where someone is watching, and a line of the
-    table for each epoch"""
+    "A progress bar in a terminal or a notebook, and a line of the table for each epoch"
     order,bar,once = 10,None,events
     def before_fit(self):
         from fastcore.imports import ipython_shell
@@ -192,15 +190,15 @@ class OneCycle(Callback):
     "The learning rate from `lr/div` up to `lr` and down to `lr/div_final`"
     def __init__(self,
         lr:float, # at the top
-        pct:float=.25, # the part of the fit in which it rises
+        pct:float=.25, # the share of the fit in which it rises
         div:float=25., # the start is `lr/div`
         div_final:float=1e5, # the end is `lr/div_final`
     ): self.lr_max,self.pct,self.div,self.div_final = lr,pct,div,div_final
 
     def at(self, pos):
         "The learning rate at the position `pos`, 0 to 1"
-        (a,b),t = ((1/self.div,1.),pos/self.pct) if pos<self.pct else ((1.,1/self.div_final),
-            (pos-self.pct)/(1-self.pct))
+        if pos<self.pct: a,b,t = 1/self.div,1.,pos/self.pct
+        else: a,b,t = 1.,1/self.div_final,(pos-self.pct)/(1-self.pct)
         return self.lr_max*(a+(b-a)*(1-math.cos(math.pi*t))/2)
 
     def before_batch(self):
@@ -221,11 +219,11 @@ ending = [getattr(signal, o) for o in ('SIGINT','SIGTERM','SIGHUP') if hasattr(s
 def on_signals(
     f, # a function of the number and the frame, or one of `signal`'s constants
 )->dict: # signals to what they called before
-    """Let the signals `ending` call `f`, except those that are ignored, as `nohup` wants it. Only
-    the main thread can"""
+    """Let the signals `ending` call `f`, except those that are ignored, as under `nohup`. In a
+    thread other than the main one: nothing"""
     if threading.current_thread() is not threading.main_thread(): return {}
-    return {o:signal.signal(o, f) for o in ending
-        if signal.getsignal(o) not in (None, signal.SIG_IGN)}
+    heard = [o for o in ending if signal.getsignal(o) not in (None, signal.SIG_IGN)]
+    return {o:signal.signal(o, f) for o in heard}
 
 @contextmanager
 def first_signal(
@@ -237,7 +235,7 @@ def first_signal(
         signal.raise_signal(number)
     def handle(number, _):
         on_signals(lambda n, _: n==number or second(n, _))
-        # has those called that came together with it, which Python would drop with a message
+        # those that came together with it are handled here; Python would drop them with a message
         signal.raise_signal(number)
         on_signals(signal.SIG_DFL)
         f(number)
@@ -247,7 +245,7 @@ def first_signal(
         for o,old in were.items(): signal.signal(o, old)
 
 class StopOnSignal(Callback):
-    """End the fit after the batch in which one of the signals `ending` comes, as Ctrl-C would; a
+    """End the fit, as Ctrl-C does, after the batch in which one of the signals `ending` comes; a
     second one ends the process at once"""
     order,signal = 20,None
     def __init__(self): self.inside = ExitStack()
@@ -262,12 +260,12 @@ class StopOnSignal(Callback):
 
 # %% ../../nbs/train/166_callbacks.ipynb #e97c0ef0
 class Checkpoint(Callback):
-    "Save to `folder` after each epoch, and go on from there; during the fit nobody else may"
+    "Save to `folder` after each epoch, or go on from there; in a fit no other run may use it"
     order,once = 5,('after_epoch',)
     def __init__(self,
         folder, # where `checkpoint.safetensors` is, or will be
-        resume:bool=False, # go on from the one that is there, if one is?
-        settings:dict|None=None, # of the run; going on with others is refused
+        resume:bool=False, # go on from the checkpoint in `folder`, if there is one?
+        settings:dict|None=None, # of the run; going on with other settings is refused
     ):
         self.path,self.resume = Path(folder)/'checkpoint.safetensors',resume
         self.settings = json.loads(json.dumps(settings or {}))
@@ -277,8 +275,8 @@ class Checkpoint(Callback):
         if not isinstance(self.opt, Optimizer):
             raise TypeError(f"Checkpoint: the optimizer is {type(self.opt)}, expected one of "
                 "fnnlite.train.optimizers")
-        self.rngs = {'cpu':torch.default_generator, 'python':random, 'numpy':np.random,
-            **generators(self.dls)}
+        self.rngs = {'cpu':torch.default_generator, 'python':random, 'numpy':np.random}
+        self.rngs |= generators(self.dls)
         if self.device.type=='cuda':
             self.rngs['cuda'] = torch.cuda.default_generators[self.device.index]
         # of several processes only the first writes
@@ -289,7 +287,7 @@ class Checkpoint(Callback):
     after_cancel_fit = after_fit
 
     def memory(self):
-        "What the optimizer remembers, by name"
+        "The optimizer's memory, by name"
         return {f'opt.{i}.{k}':t for i,state in self.opt.state_dict()['state'].items()
             for k,t in state.items() if isinstance(t, torch.Tensor)}
 
@@ -297,44 +295,42 @@ class Checkpoint(Callback):
         weights = {f'model.{k}':t for k,t in self.model.state_dict().items()}
         states = {k:rng_state(g) for k,g in self.rngs.items()}
         rng = {f'rng.{k}':states.pop(k) for k in [*states] if isinstance(states[k], torch.Tensor)}
-        lrs = [float(g['lr']) for g in self.opt.param_groups]
-        save_tensors(self.path, {**weights, **self.memory(), **rng}, epochs=self.epoch+1,
-            dl_epoch=getattr(self.dls.train, 'epoch', None), lrs=lrs,
-                     history=list(self.history), settings=self.settings, rng=states)
+        about = dict(epochs=self.epoch+1, dl_epoch=getattr(self.dls.train, 'epoch', None),
+            lrs=[float(g['lr']) for g in self.opt.param_groups], history=list(self.history),
+            settings=self.settings, rng=states)
+        save_tensors(self.path, {**weights, **self.memory(), **rng}, **about)
 
     def refuse(self, when, came):
         if when: raise CheckpointError(f"{self.path}: {came}")
 
     def check(self, epochs, lrs, history, settings, dl_epoch):
-        "What a file says, in itself and for this run"
-        other = {k:(settings.get(k),v) for k,v in self.settings.items() if settings.get(k)!=v}
-        self.refuse(other, "was made with other settings: " +
-            ', '.join(f"{k} {a!r:.200}, now {b!r}" for k,(a,b) in other.items()))
+        "Refuse a file that contradicts itself or doesn't fit this run"
+        other = [f"{k} {settings.get(k)!r:.200}, now {v!r}" for k,v in self.settings.items()
+            if settings.get(k)!=v]
+        self.refuse(other, f"was made with other settings: {', '.join(other)}")
         self.refuse(epochs!=len(history),
             f"counts {epochs} epochs and has {len(history)} in its history")
         columns = next(o for o in self.cbs if isinstance(o, Recorder)).columns()
+        kinds = {k:(float,NoneType) for k in columns[1:]}
         for i,row in enumerate(history):
             fits = isinstance(row, dict) and type(row.get('epoch')) is int
-            fits = fits and all(k in row for k in columns)
-            self.refuse(not fits or not all(v is None
-                or isinstance(v, float if k in columns[1:] else (int,float,str))
-                for k,v in row.items()),
-                f"row {i} of its history is {row!r:.200}, "
+            fits = fits and all(k in row for k in columns) and all(
+                isinstance(v, kinds.get(k, (int,float,str,NoneType))) for k,v in row.items())
+            self.refuse(not fits, f"row {i} of its history is {row!r:.200}, "
                 f"expected numbers for {', '.join(columns)}")
             self.refuse(row['epoch']!=i, f"row {i} of its history is of epoch {row['epoch']}")
         n = len(self.opt.param_groups)
         self.refuse(len(lrs)!=n or not all(type(o) is float and math.isfinite(o) for o in lrs),
             f"its learning rates are {lrs!r:.200}, expected {n} finite numbers for the optimizer")
         counts = hasattr(self.dls.train, 'epoch')
-        self.refuse(counts and (type(dl_epoch) is not int or dl_epoch<0) or not counts
-            and dl_epoch is not None,
-            f"the count of the training data's epochs is {dl_epoch!r:.200}, expected "
-            f"{'an integer' if counts else 'none'}")
+        fits = type(dl_epoch) is int and dl_epoch>=0 if counts else dl_epoch is None
+        self.refuse(not fits, f"the count of the training data's epochs is {dl_epoch!r:.200}, "
+            f"expected {'an integer' if counts else 'none'}")
 
     def load(self):
         tensors,about = load_tensors(self.path)
-        part = lambda name: {k.removeprefix(name):t for k,t in tensors.items()
-            if k.startswith(name)}
+        def part(name):
+            return {k.removeprefix(name):t for k,t in tensors.items() if k.startswith(name)}
         kinds = {'epochs':int, 'lrs':list, 'history':list, 'settings':dict, 'rng':dict}
         self.refuse(not all(type(about.get(k)) is kind for k,kind in kinds.items()),
             "holds no run to go on with")
@@ -348,15 +344,15 @@ class Checkpoint(Callback):
         self.draw_from({**part('rng.'), **states})
         self.model.load_state_dict(part('model.'))
         opt = self.opt.state_dict()
-        opt['state'] = {i:{k:memory.get(f'{i}.{k}', v) for k,v in state.items()}
-            for i,state in opt['state'].items()}
+        for i,state in opt['state'].items():
+            opt['state'][i] = {k:memory.get(f'{i}.{k}', v) for k,v in state.items()}
         self.opt.load_state_dict(opt)
         for g,lr in zip(self.opt.param_groups, lrs): g['lr'].fill_(lr)
         if about.get('dl_epoch') is not None: self.dls.train.epoch = about['dl_epoch']
         self.learn.epoch,self.history[:] = epochs,history
 
     def draw_from(self, states):
-        "Put the random numbers' states where they belong; all or none"
+        "Set the states of all random number generators, or of none"
         # a run may go on on another device
         mine,theirs = ({*o}-{'cuda'} for o in (self.rngs, states))
         self.refuse(mine!=theirs, f"has states of the random numbers {sorted(theirs)!r:.500}, "
@@ -365,6 +361,6 @@ class Checkpoint(Callback):
         for k,g in self.rngs.items():
             try:
                 if k in states: set_rng_state(g, states[k])
-            except Exception as e: # whatever it says to a state that is none
+            except Exception as e: # each kind of generator has its own errors
                 for o,state in before.items(): set_rng_state(self.rngs[o], state)
                 self.refuse(True, f"has no state for the random numbers {k!r}: {e!r:.200}")

@@ -16,23 +16,23 @@ from torch import Tensor
 from ..core.module import Module
 from ..core.record import as_it_is, const, internals, path, plain as plain_types
 from .graphs import NotOneGraph, captured, changed_by, machine_code, op_by_op
-from .graphs import same_graph, same_tensors, written_down
+from .graphs import same_graph, same_tensors, trace
 from .libraries import warn
 from .optimizers import Optimizer, clip
 
 # %% ../../nbs/train/165_compiled.ipynb #61150cf8
 def _numbers(v):
-    "The number that an option is, or those in it, as a tuple; None for an option of another kind"
+    "The numbers of an option, as a tuple; None for an option that isn't a number or several"
     vs = tuple(v) if isinstance(v, (tuple,list)) else (v,)
     return vs if all(type(o) in (int,float) for o in vs) else None
 
 class Varying:
-    """An option's numbers as inputs of a graph, but for zeros: a rule leaves out what it'd do
-    with them"""
+    """An option's numbers as inputs of a graph, except zeros: where an option is 0, a rule leaves
+    a term out"""
     def __init__(self, group, k):
         self.group,self.k,self.values = group,k,_numbers(group[k])
-        number = partial(torch.tensor, dtype=torch.float64,
-            device=torch.as_tensor(group['lr']).device)
+        device = torch.as_tensor(group['lr']).device
+        number = partial(torch.tensor, dtype=torch.float64, device=device)
         self.inputs = [number(v) if v else v for v in self.values]
 
     @contextmanager
@@ -44,7 +44,7 @@ class Varying:
         finally: self.group[self.k] = v
 
     def follow(self)->bool:
-        "Give the inputs the option's present value, if it's one for the same graph"
+        "Give the inputs the option's present value, if the same graph can use it"
         values = _numbers(self.group[self.k])
         if values==self.values: return True
         if values is None or list(map(bool, values))!=list(map(bool, self.values)): return False
@@ -54,18 +54,18 @@ class Varying:
         return True
 
 def read_elsewhere(fs)->list:
-    """What the functions `fs`, and those they call, read from globals or from around them:
-    functions that return the values"""
-    found,seen,known = [],{*()},('torch','numpy','fnnlite','fastcore')
+    """What the functions `fs`, and those they call, read from globals and closures, as functions
+    that return the values"""
+    found,seen,known = [],set(),('torch','numpy','fnnlite','fastcore')
     def of(f):
         if not isinstance(f, FunctionType) or f in seen or f.__module__.split('.')[0] in known:
             return
         seen.add(f)
         codes = [f.__code__]
         for code in codes: codes += [c for c in code.co_consts if isinstance(c, CodeType)]
-        cells = [partial(getattr, cell, 'cell_contents', None) for cell in f.__closure__ or ()]
-        found.extend(cells+[partial(f.__globals__.get, n)
-            for n in {n for c in codes for n in c.co_names} if n in f.__globals__])
+        names = {n for c in codes for n in c.co_names if n in f.__globals__}
+        found.extend(partial(getattr, o, 'cell_contents', None) for o in f.__closure__ or ())
+        found.extend(partial(f.__globals__.get, n) for n in names)
         for get in found[:]: of(get())
     for f in fs: of(f)
     return [get for get in found if not callable(get()) and not isinstance(get(), ModuleType)]
@@ -81,14 +81,14 @@ class Seen:
         modules = list(model.modules())
         self.params = list(dict.fromkeys([*model.parameters(),
             *(p for g in opt.param_groups for p in g['params'])]))
-        owned = [(d,k,v) for m in modules for d in (m._parameters, m._buffers, m._modules)
+        groups,dicts = opt.param_groups,('_parameters','_buffers','_modules')
+        owned = [(d,k,v) for m in modules for o in dicts for d in [getattr(m, o)]
             for k,v in d.items()]
-        plain = [(vars(o),k,v) for o in (*modules, opt) for k,v in vars(o).items() if o is opt
-            or k not in internals]
-        groups = opt.param_groups
+        plain = [(vars(o),k,v) for o in (*modules, opt) for k,v in vars(o).items()
+            if o is opt or k not in internals]
         every = {(i,k):v for i,g in enumerate(groups) for k,v in g.items()}
-        self.values = {ik:copy(v) for ik,v in every.items() if isinstance(v, self.by_value)
-            and ik[1]!='params'}
+        self.values = {(i,k):copy(v) for (i,k),v in every.items()
+            if isinstance(v, self.by_value) and k!='params'}
         inputs = sorted(ik for ik in varying if _numbers(every.get(ik)))
         self.varying = [Varying(groups[i], k) for i,k in inputs]
         self.fixed = [(groups[i].get,k,v) for (i,k),v in self.values.items() if (i,k) not in inputs]
@@ -99,8 +99,8 @@ class Seen:
         read = lambda c: {'forward','bwd','update', *(k for k in vars(c) if not k.startswith('__'))}
         methods = [(vars(c),k,vars(c).get(k)) for c in classes for k in read(c)]
         self.places = [(d.get,k,v) for d,k,v in (*owned, *plain, *options, *memory, *methods)]
-        self.places += [(opt.state.get,p,opt.state[p]) for p in self.params
-            if p in opt.state]+[(groups.__getitem__,i,g) for i,g in enumerate(groups)]
+        self.places += [(opt.state.get,p,opt.state[p]) for p in self.params if p in opt.state]
+        self.places += [(groups.__getitem__,i,g) for i,g in enumerate(groups)]
         torchs = {*vars(torch.optim.SGD([torch.empty(0)]))}
         inside = [v for d,k,v in plain if type(v) not in plain_types
             and not isinstance(v, (Tensor,FunctionType)) and not (d is vars(opt) and k in torchs)]
@@ -109,12 +109,11 @@ class Seen:
         looks = [partial(as_it_is, v, False) for v in inside]
         looks += [lambda get=get: as_it_is(get(), False) for get in read_elsewhere(read)]
         self.noted = [(look,look()) for look in looks]
-        parts = [vars(opt), *(d for m in modules
-            for d in (m._parameters, m._buffers, m._modules, m._forward_hooks,
-            m._forward_pre_hooks))]
-        self.parts = [*parts, opt.param_groups, *(g['params'] for g in opt.param_groups)]
-        self.own,self.ordered = list(map(vars, modules)),[m._modules for m in modules
-            if len(m._modules)>1]
+        dicts += '_forward_hooks','_forward_pre_hooks'
+        self.parts = [vars(opt), *(getattr(m, o) for m in modules for o in dicts)]
+        self.parts += [groups, *(g['params'] for g in groups)]
+        self.own = list(map(vars, modules))
+        self.ordered = [m._modules for m in modules if len(m._modules)>1]
         self.sizes = self.sizes_now()
         held = [*self.params, *(v for _,_,v in (*owned, *options, *memory))]
         held += [v for o in self.varying for v in o.inputs]
@@ -144,14 +143,13 @@ class Seen:
             'there are more, or fewer')
 
     def sizes_now(self):
-        """How many attributes, parameters, options and so on there are, and the order of modules;
-        a record comes and goes"""
+        """How many attributes, parameters, options and so on there are, without those of a record,
+        and the order of modules"""
         return [*map(len, self.parts), *map(tuple, self.ordered),
             *(len(d)-('_use' in d)-2*('_record' in d) for d in self.own)]
 
     def changed(self, opt)->set:
-        """The options of `opt` whose numbers aren't what they were, each as the group's index and
-        its name"""
+        "The options of `opt` whose numbers have changed, each as the group's index and its name"
         return {(i,k) for i,g in enumerate(opt.param_groups) for k,v in g.items()
                 if _numbers(v) and _numbers(self.values.get((i,k))) and self.values[i,k]!=v}
 
@@ -165,9 +163,9 @@ def guard(ts):
 _one_at_a_time = threading.RLock()
 
 class Before:
-    "What tensors and random number generators were, to undo a step"
+    "The state of tensors and random number generators, to undo a step"
     def __init__(self, ts, generators):
-        # what `expand` made isn't written to
+        # what `expand` made can't be written to
         ts = [t for t in ts if torch._debug_has_internal_overlap(t)!=1]
         self.ts,self.copies = ts,[t.detach().clone() for t in ts]
         self.gs,self.rng = [(g,g.get_state()) for g in generators],torch.get_rng_state()
@@ -175,7 +173,7 @@ class Before:
         self.cuda = {d:torch.cuda.get_rng_state(d) for d in devices}
 
     def put_back(self):
-        "As it was"
+        "Undo what was done since"
         with torch.no_grad(): torch._foreach_copy_(self.ts, self.copies)
         for g,state in self.gs: g.set_state(state)
         torch.set_rng_state(self.rng)
@@ -193,32 +191,31 @@ class CompiledStep:
         compiler:bool=True, # machine code, or the graph's operations one by one?
         before=None, after=None, max_norm=None, # see `compile_step`
     ):
+        def fail(error, msg): raise error(f"compile_step: {msg}")
         if not isinstance(model, Module):
-            raise TypeError(f"compile_step: model is a {type(model).__name__}, expected a fnnlite "
-                "Module")
+            fail(TypeError, f"model is a {type(model).__name__}, expected a fnnlite Module")
         if not isinstance(opt, Optimizer):
             kind = f"{type(opt).__module__}.{type(opt).__qualname__}"
-            raise TypeError(f"compile_step: opt is a {kind}, "
-                "expected an optimizer of fnnlite.train.optimizers")
+            fail(TypeError, f"opt is a {kind}, expected an optimizer of fnnlite.train.optimizers")
         self.keep = [keep] if isinstance(keep, str) else list(keep)
         names = {**dict(model.named_modules()), **dict(model.named_parameters())}
         for n in self.keep:
             if n not in names:
-                raise ValueError(f"compile_step: keep has {n!r}, expected names of modules or "
-                    f"parameters: {', '.join(filter(None, names))}")
+                fail(ValueError, f"keep has {n!r}, expected names of modules or parameters: "
+                    f"{', '.join(filter(None, names))}")
         self.model,self.opt,self.compiler = model,opt,compiler
         self.g,self.seen,self.run = {},None,None
         self.before,self.after,self.max_norm,self.outer = before,after,max_norm,[]
         for f in (before,after):
             if not isinstance(f, (FunctionType,MethodType,NoneType)):
-                raise TypeError(f"compile_step: before or after is a {type(f).__name__}, "
-                "expected a function or a method: what another object reads can't be watched")
+                fail(TypeError, f"before or after is a {type(f).__name__}, expected a function or "
+                    "a method: what another object reads can't be watched")
         self.ordinary,self.why_not,self.n_graphs,self.varying,self.first = False,None,0,set(),None
 
     def eager(self, *args):
-        "The step, as a loop would do it"
+        "The ordinary step"
         self.batch = [const(a) for a in args]
-        self.model.free() # calls that nobody will walk back over
+        self.model.free() # earlier calls, whose backward nobody will ask for
         loss = self.model(*self.batch)
         self.model.backward(free=not self.keep, before=self.before, after=self.after)
         params = dict(self.model.named_parameters()) if self.keep else {}
@@ -268,38 +265,38 @@ class CompiledStep:
         return True
 
     def _first(self, args, vary=True, once_more=True):
-        "The ordinary step is written down, undone and compiled, and the graph runs"
-        self.opt.place_numbers() # where the model is now
+        "The ordinary step is traced, undone and compiled, and the graph runs"
+        self.opt.place_numbers() # the model may have moved
         if self.seen is not None: self.varying |= self.seen.changed(self.opt)
         fs = [f for f in (self.before, self.after) if f]
-        # what varies: numbers as inputs
         seen = Seen(self.model, self.opt, self.varying if vary else (), fs)
         if any(p.grad is not None for p in seen.params): return self.eager(*args)
         n,before = len(seen.tensors),Before([*seen.tensors, *args], seen.generators)
         try:
             if seen.hooked:
-                raise NotOneGraph(f"{seen.hooked[0]} has hooks: use before and after of "
-                    "compile_step")
-            if self.n_graphs==self.most: raise NotOneGraph(
-                f"what a graph depends on was replaced {self.most} times: let attributes and "
-                "options stay as they are")
+                where = seen.hooked[0]
+                raise NotOneGraph(f"{where} has hooks: use before and after of compile_step")
+            if self.n_graphs==self.most:
+                raise NotOneGraph(f"what a graph depends on was replaced {self.most} times: let "
+                    "attributes and options stay as they are")
             if any(t.requires_grad for t in args):
                 raise NotOneGraph("the batch requires grad: detach() it")
-            (loss,*_),gm,more = self._written_down(seen, args)
+            (loss,*_),gm,more = self._trace(seen, args)
         except Exception as e:
             before.put_back()
             self.opt.zero_grad()
-            # a rule of someone's that asks for a number
+            # a user's update rule may ask an option for its number
             if seen.varying: return self._first(args, vary=False)
-            loss = self.eager(*args) # if the step is at fault, it says so here
+            loss = self.eager(*args) # raises what is wrong with the step itself
             return self._no_graph(e, loss)
         self.model.free()
         ts = [*seen.tensors, *args, *more]
-        undone = not changed_by(gm, n+len(args)) # else the step changed what nobody knew of
+        # or does the step change tensors that `before` doesn't know?
+        undone = not changed_by(gm, n+len(args))
         if not seen.holds():
-            if not (once_more and undone): return self._no_graph(
-                f"forward changes attributes of its modules ({seen.changed_place()}): make them "
-                "buffers", loss)
+            if not (once_more and undone):
+                return self._no_graph("forward changes attributes of its modules "
+                    f"({seen.changed_place()}): make them buffers", loss)
             before.put_back()
             return self._first(args, vary, once_more=False) # a first call may set something up
         if not undone: before = Before([*seen.tensors, *args], seen.generators)
@@ -308,7 +305,7 @@ class CompiledStep:
             with torch.no_grad():
                 if all(t.is_cuda for t in ts):
                     self.run = captured(self.run, ts, range(n, n+len(args)))
-        finally: before.put_back() # the step, and what compiler and capture have drawn
+        finally: before.put_back() # the step, and random numbers that compiler and capture drew
         self.outer = [t for t in more if isinstance(t, Tensor)]
         self.seen,self.more,self.n_args = seen,more,len(args)
         self.guard,self.n_graphs = guard([*args, *self.outer]),self.n_graphs+1
@@ -316,22 +313,21 @@ class CompiledStep:
         self.classes = [(i,t.n_classes) for i,t in enumerate(self.batch) if hasattr(t, 'n_classes')]
         return self._run(args) if undone else loss
 
-    def _written_down(self, seen, args):
-        # else one tensor twice would be one input
+    def _trace(self, seen, args):
+        # aliases, or a tensor that is passed twice would be one input
         n,args = len(seen.tensors),[a.detach() for a in args]
+        def step(*ts): return [self.eager(*ts[n:]), *self.g.values()]
         with ExitStack() as stack:
             for o in seen.varying: stack.enter_context(o.put_in())
-            return written_down(lambda *ts: [self.eager(*ts[n:]), *self.g.values()],
-                *seen.tensors, *args)
+            return trace(step, *seen.tensors, *args)
 
     def _second(self, args):
-        """The second batch's step is written down too, and undone if it is the same graph; if
-        not, since it depends on what Python has read or counts: its loss"""
+        """The second batch's step is traced too, and undone if the graph is the same. If not, the
+        graph depends on what Python reads or counts: return the loss of this ordinary step"""
         (gm,more),self.first = self.first,None
-        kinds = [[o for o in more if isinstance(o, kind)]
-            for kind in (torch.Tensor,torch.Generator)]
-        before = Before([*self.seen.tensors, *args, *kinds[0]], [*self.seen.generators, *kinds[1]])
-        try: (loss,*_),again,more_again = self._written_down(self.seen, args)
+        ts,gs = ([o for o in more if isinstance(o, kind)] for kind in (Tensor,torch.Generator))
+        before = Before([*self.seen.tensors, *args, *ts], [*self.seen.generators, *gs])
+        try: (loss,*_),again,more_again = self._trace(self.seen, args)
         except Exception as e:
             before.put_back()
             self.opt.zero_grad()
@@ -366,11 +362,11 @@ class CompiledStep:
 def compile_step(
     model:Module, # a `Model`, or any module whose output is a loss
     opt:Optimizer, # of `fnnlite.train.optimizers`
-    keep=(), # names of modules (their output's) and parameters whose gradients `step.g` has
-    compiler:bool=True, # machine code? Or its operations one by one: at once, but slower steps
-    before=None, # a function of each call in the walk back (see `walk`); what it does to tensors
-    after=None, # and another one; what they do besides isn't part of the graph
-    max_norm:float|None=None, # scale all gradients down together where their norm exceeds that
+    keep=(), # names of parameters, and of modules for their output: `step.g` has the gradients
+    compiler:bool=True, # machine code? If not, operations one by one: no wait, but slower steps
+    before=None, # a function of each call before its rule runs (see `walk`)
+    after=None, # the same, after its rule; what the two do to tensors is part of the graph
+    max_norm:float|None=None, # scale all gradients down together where their norm exceeds it
 )->CompiledStep:
     """A function `step(xb, yb)` that does `model(xb, yb)`, `model.backward()`, `opt.step()` and
     `opt.zero_grad()` as one graph, and returns the loss"""

@@ -21,8 +21,7 @@ def share(
     rank:int, # which process
     world:int, # of how many
 )->tuple: # first row, and the one after the last
-    """The rows of a batch that are for process `rank`: as many as for the others, or one more or
-    less"""
+    "The rows of a batch that process `rank` takes; two processes differ by one row at most"
     return n*rank//world, n*(rank+1)//world
 
 # %% ../../nbs/train/170_distributed.ipynb #15d1000c
@@ -35,21 +34,20 @@ def own_device(
 )->torch.device:
     "Where this process computes: of several GPUs, the one with its number"
     device = torch.device(kind)
-    return torch.device('cuda',
-        int(os.environ['LOCAL_RANK'])) if launched() and device.type=='cuda' else device
+    if not launched() or device.type!='cuda': return device
+    return torch.device('cuda', int(os.environ['LOCAL_RANK']))
 
 @contextmanager
 def processes(
     device:torch.device, # from `own_device`
     timeout:float=60, # seconds to wait for another process
 ):
-    """Inside, this process is connected to the others of its run, if it has any: is it the first
-    of them? Only that one prints"""
+    """Inside, this process is connected to the others of its run, if there are any. Yields whether
+    it is the first of them; only the first one prints"""
     if not launched():
         yield True
         return
-    # its functions would keep a group that is there when they are imported,
-    # and its threads abort Python's exit
+    # imported later, its functions would keep the group, whose threads abort Python's exit
     import torch.distributed.nn
     gpu = device.type=='cuda'
     if gpu: torch.cuda.set_device(device)
@@ -66,13 +64,13 @@ class DistributedError(RuntimeError):
     "The processes of a run don't do the same, or one is gone"
 
 class Distributed(Callback):
-    """Make this `Learner` one of several, each in a process: the same batches, history and
-    weights, a share of the work"""
+    """Make this `Learner` one of several, each in a process of its own: with the same batches,
+    history and weights, and a share of the work"""
     order,queue = -20,None
     steps = ('begins the training','goes through a batch','leaves a batch early',
         'ends the training','ends the validation')
     def __init__(self,
-        bucket:int=2**20, # bytes of gradients to wait for before they are sent, together
+        bucket:int=2**20, # send gradients together once they have so many bytes
     ): self.bucket = bucket
 
     def before_fit(self):
@@ -85,24 +83,22 @@ class Distributed(Callback):
             if is_stateful(m) and not hasattr(m, 'sync'): raise DistributedError(
                 f"Distributed: the metric {metric_name(m)} counts this process's rows alone; give "
                 "it a sync() like torchmetrics', or use a function")
-        if self.rank: # in place, for one of these lists is being gone through
+        if self.rank: # in place: the loop over one of these lists is under way
             for e,fs in self.handlers.items():
-                fs[:] = [f for f in fs if e not in getattr(getattr(f, '__self__', None), 'once',
-                    ())]
+                once = lambda f: getattr(getattr(f, '__self__', None), 'once', ())
+                fs[:] = [f for f in fs if e not in once(f)]
         self._same_model()
 
     def _same_model(self):
         "Give all processes the weights of the first"
-        state,theirs = {**dict(self.model.named_parameters()),
-            **dict(self.model.named_buffers())},[None]*self.world
-        with self._others():
-            dist.all_gather_object(theirs,
-                [f"{n} {tuple(t.shape)} {t.dtype}" for n,t in state.items()])
+        state = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        mine = [f"{n} {tuple(t.shape)} {t.dtype}" for n,t in state.items()]
+        theirs = [None]*self.world
+        with self._others(): dist.all_gather_object(theirs, mine)
         for rank,names in enumerate(theirs):
             for a,b in zip_longest(theirs[0], names):
-                if a!=b:
-                    raise DistributedError(
-                        f"Distributed: the model of process {rank} has {b}, that of process 0 {a}")
+                if a!=b: raise DistributedError(
+                    f"Distributed: the model of process {rank} has {b}, that of process 0 {a}")
         for t in state.values():
             new = t.detach().contiguous()
             with self._others(): dist.broadcast(new, 0)
@@ -134,8 +130,8 @@ class Distributed(Callback):
         if self.training: self._open()
 
     def before_backward(self):
-        self.start = self.loss.g = torch.full_like(self.loss, float(self.weight>0)
-            if sums_rows(self.model) else self.weight)
+        weight = float(self.weight>0) if sums_rows(self.model) else self.weight
+        self.start = self.loss.g = torch.full_like(self.loss, weight)
 
     def grad_ready(self, p):
         if p not in self.params: raise DistributedError(
@@ -160,7 +156,7 @@ class Distributed(Callback):
         if self.queue is None: return
         try: self._round('leaves a batch early', self.rows)
         except DistributedError as e:
-            # any other error is more to the point
+            # any other error says more
             if isinstance(e.__context__, CancelException): raise
     after_cancel_backward = after_cancel_batch = after_cancel_train = _leave
     after_cancel_epoch = after_cancel_fit = _leave
@@ -175,7 +171,7 @@ class Distributed(Callback):
     def _open(self):
         self.params = {p:p.grad for p in reversed(list(self.model.parameters())) if wants(p)}
         self.queue,self.done,self.sent,self.waiting,self.works = deque(self.params),set(),[],[],[]
-        # what earlier batches left there is the same in all, and to be counted once
+        # what earlier batches left there is the same in all processes, and counts once
         for p in self.params if self.rank else (): p.grad = None
 
     def _send(self, p, own=True):
@@ -187,7 +183,7 @@ class Distributed(Callback):
         if sum(g.nbytes for g in self.waiting)>=self.bucket: self._ship()
 
     def _ship(self):
-        "Begin to sum what is waiting, in one piece"
+        "Begin to sum the gradients that are waiting, in one message"
         gs,self.waiting = self.waiting,[]
         if gs: self._sum(gs, torch.cat([g.flatten() for g in gs]))
 
@@ -195,19 +191,20 @@ class Distributed(Callback):
         with self._others(): self.works.append((dist.all_reduce(flat, async_op=True), gs, flat))
 
     def _round(self, step, rows=0, values=None):
-        """Send what is left to send, and the line; the sums of `values` over all processes, if
-        they agree in everything else"""
-        (queue,self.queue),own = (self.queue,None),step=='goes through a batch'
+        """Send the gradients that are left, and the line; returns the sums of `values` over all
+        processes, if they agree in everything else"""
+        queue,self.queue = self.queue,None
+        own = step=='goes through a batch'
         for p in queue: self._send(p, own)
         self._ship()
         values = values or [0]*(2+len(self.metrics))
         in_bytes = lambda p: p.detach().contiguous().flatten().view(torch.uint8)
         weights = 0 if rows else sum(in_bytes(p).sum().item() for p in self.params)
+        batch = getattr(self.learn, 'iter', 0)
         at = torch.zeros(self.world, 5, dtype=torch.float64)
-        at[self.rank] = torch.tensor([self.steps.index(step), self.epoch,
-            getattr(self.learn, 'iter', 0), rows, weights])
-        line = torch.tensor([*(had for *_,had in self.sent), *at.flatten(), *values],
-            dtype=torch.float64).to(self.device)
+        at[self.rank] = torch.tensor([self.steps.index(step), self.epoch, batch, rows, weights])
+        line = [*(had for *_,had in self.sent), *at.flatten(), *values]
+        line = torch.tensor(line, dtype=torch.float64).to(self.device)
         self._sum([line], line)
         with self._others():
             for work,_,_ in self.works: work.wait()
@@ -224,6 +221,6 @@ class Distributed(Callback):
         if all(a[:-1]==at[0][:-1] for a in at):
             raise DistributedError(f"epoch {self.epoch}: the processes have different weights: "
                 "something changed them in one only")
-        raise DistributedError('; '.join(
-            f"process {rank} {self.steps[step]} (epoch {epoch}, batch {i}, {rows} rows)"
-                                         for rank,(step,epoch,i,rows,_) in enumerate(at)))
+        said = [f"process {rank} {self.steps[step]} (epoch {epoch}, batch {i}, {rows} rows)"
+            for rank,(step,epoch,i,rows,_) in enumerate(at)]
+        raise DistributedError('; '.join(said))

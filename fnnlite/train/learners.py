@@ -21,22 +21,21 @@ def accuracy(
 ):
     "The share of rows whose largest score is that of their class; ValueError for other shapes"
     if pred.ndim!=2 or pred.shape[1]<2 or targ.shape!=pred.shape[:1]:
-        raise ValueError(f"accuracy: pred has shape {tuple(pred.shape)} and targ "
-            f"{tuple(targ.shape)}, "
-            "expected (n,C) with C at least 2, and (n); for one score a row write a metric of "
-            "your own")
+        p,t = tuple(pred.shape),tuple(targ.shape)
+        raise ValueError(f"accuracy: pred has shape {p} and targ {t}, expected (n,C) with C at "
+            "least 2, and (n); for one score a row write a metric of your own")
     return (pred.argmax(-1)==targ).double().mean()
 
 # %% ../../nbs/train/168_learners.ipynb #cbd7b9b6
 class Learner:
-    "A model, data and an optimizer, and the loop that brings them together"
+    "A model, data, an optimizer, and the training loop"
     def __init__(self,
         model, # a `Model`: layers and a loss
         dls, # `DataLoaders`, or anything with `.train` and `.valid` that give (xb,yb)
         opt, # an optimizer over the model's parameters, or a function of them that makes one
         metrics=(), # functions of (pred, targ), or objects like torchmetrics'
         cbs=(), # callbacks
-        compiled:bool|str=False, # each step one graph (see `compile_step`; 'graph': no compiler)?
+        compiled:bool|str=False, # one graph for each step? ('graph': without a compiler)
         before=None, after=None, # functions of each call in the walk back (see `walk`)
     ):
         self.model,self.dls,self.metrics = model,dls,tuple(listify(metrics))
@@ -55,13 +54,11 @@ class Learner:
             from fnnlite.train.compiled import compile_step
             self.step = compile_step(model, self.opt, compiler=compiled!='graph', **self.around)
 
-
-
     @property
     def device(self): return next(self.model.parameters()).device
 
     def __call__(self, event, *args):
-        "Call what the callbacks have for `event`"
+        "Call the callbacks' methods for `event`"
         for f in self.handlers[event]: f(*args)
 
     @contextmanager
@@ -75,7 +72,7 @@ class Learner:
             for o in cbs: o.learn = None
 
     def _part(self, name, f):
-        "Run `f` between the events before and after the part `name`; was it run whole?"
+        "Run `f` between the events before and after the part `name`; False if it ended early"
         whole = False
         try:
             self(f'before_{name}')
@@ -86,20 +83,14 @@ class Learner:
         return whole
 
     def fit(self,
-        n:int, # epochs in all; one that goes on from a checkpoint does those that are left
+        n:int, # epochs in all; a fit that goes on from a checkpoint does those that are left
     ):
-        """Train for `n` epochs. Ctrl-C ends it after the last whole epoch in the history;
-        `learn.interrupted` tells"""
+        """Train for `n` epochs. Ctrl-C ends the fit: `learn.interrupted` is True then, and the
+        history has the whole epochs"""
         if n<1: raise ValueError(f"Learner: fit got n={n}, expected at least 1 epoch")
-        if self.step is not None:
-            for o in self.cbs:
-                for e in inner_events:
-                    if hasattr(type(o), e) and type(o) is not ClipGrads: raise ValueError(
-                        f"Learner: {type(o).__name__} wants to be called at '{e}', which is "
-                        "inside a compiled step: "
-                        "use ClipGrads, Learner(before=..., after=...), or compiled=False")
+        if self.step is not None: self._check_outside()
         self.n_epoch,self.epoch,self.interrupted,self.history = n,0,False,History()
-        self.model.free() # calls that nobody will walk back over
+        self.model.free() # earlier calls, whose backward nobody will ask for
         with self._listening(self.cbs):
             try: self._part('fit', self._epochs)
             except BaseException as e:
@@ -108,6 +99,15 @@ class Learner:
                 self.interrupted = True
                 self('after_fit')
         return self
+
+    def _check_outside(self):
+        "ValueError for a callback with an event inside a compiled step"
+        for o in self.cbs:
+            for e in inner_events if type(o) is not ClipGrads else ():
+                if hasattr(type(o), e):
+                    raise ValueError(f"Learner: {type(o).__name__} wants to be called at '{e}', "
+                        "which is inside a compiled step: use ClipGrads, Learner(before=..., "
+                        "after=...), or compiled=False")
 
     def _epochs(self):
         for self.epoch in range(self.epoch, self.n_epoch): self._part('epoch', self._epoch)
@@ -127,8 +127,8 @@ class Learner:
 
     def _train_batch(self):
         if self.step is not None:
-            self.step.max_norm = min([o.max_norm for o in self.cbs if type(o) is ClipGrads],
-                default=None)
+            limits = [o.max_norm for o in self.cbs if type(o) is ClipGrads]
+            self.step.max_norm = min(limits, default=None)
             self.loss = self.step(self.xb, self.yb)
             return self('after_loss')
         self.loss = self.model(const(self.xb), const(self.yb))
@@ -170,8 +170,9 @@ class Learner:
         import matplotlib.pyplot as plt
         names = list(map(metric_name, self.metrics))
         if ax is None:
-            ax = plt.subplots(1, 2 if names else 1, figsize=(8 if names else 4, 3), squeeze=False,
-                layout='constrained')[1][0]
+            n = 2 if names else 1
+            fig,axs = plt.subplots(1, n, figsize=(4*n,3), squeeze=False, layout='constrained')
+            ax = axs[0]
         for a,keys in zip(ax, (['train_loss','valid_loss'],names)):
             for k in keys:
                 rows = [(r['epoch'],r[k]) for r in self.history if r.get(k) is not None]
