@@ -506,7 +506,7 @@ params = {
   "same_graph": {
    "a, b": "graphs"
   },
-  "written_down": {
+  "trace": {
    "f": "a function of tensors that returns tensors",
    "*ts": "its arguments",
    "returns": "what it returned, its graph, the graph's inputs beyond `ts`"
@@ -546,20 +546,20 @@ params = {
   "compile_step": {
    "model": "a `Model`, or any module whose output is a loss",
    "opt": "of `fnnlite.train.optimizers`",
-   "keep": "names of modules (their output's) and parameters whose gradients `step.g` has",
-   "compiler": "machine code? Or its operations one by one: at once, but slower steps",
-   "before": "a function of each call in the walk back (see `walk`); what it does to tensors",
-   "after": "and another one; what they do besides isn't part of the graph",
-   "max_norm": "scale all gradients down together where their norm exceeds that"
+   "keep": "names of parameters, and of modules for their output: `step.g` has the gradients",
+   "compiler": "machine code? If not, operations one by one: no wait, but slower steps",
+   "before": "a function of each call before its rule runs (see `walk`)",
+   "after": "the same, after its rule; what the two do to tensors is part of the graph",
+   "max_norm": "scale all gradients down together where their norm exceeds it"
   }
  },
  "fnnlite.train.callbacks": {
   "Callback": {
-   "once": "the events where, of several processes, only the first one's callback is called"
+   "once": "events at which only the first of several processes calls it"
   },
   "OneCycle": {
    "lr": "at the top",
-   "pct": "the part of the fit in which it rises",
+   "pct": "the share of the fit in which it rises",
    "div": "the start is `lr/div`",
    "div_final": "the end is `lr/div_final`"
   },
@@ -575,8 +575,8 @@ params = {
   },
   "Checkpoint": {
    "folder": "where `checkpoint.safetensors` is, or will be",
-   "resume": "go on from the one that is there, if one is?",
-   "settings": "of the run; going on with others is refused"
+   "resume": "go on from the checkpoint in `folder`, if there is one?",
+   "settings": "of the run; going on with other settings is refused"
   }
  },
  "fnnlite.train.learners": {
@@ -590,11 +590,11 @@ params = {
    "opt": "an optimizer over the model's parameters, or a function of them that makes one",
    "metrics": "functions of (pred, targ), or objects like torchmetrics'",
    "cbs": "callbacks",
-   "compiled": "each step one graph (see `compile_step`; 'graph': no compiler)?",
+   "compiled": "one graph for each step? ('graph': without a compiler)",
    "before, after": "functions of each call in the walk back (see `walk`)"
   },
   "Learner.fit": {
-   "n": "epochs in all; one that goes on from a checkpoint does those that are left"
+   "n": "epochs in all; a fit that goes on from a checkpoint does those that are left"
   },
   "Learner.predict": {
    "x": "rows of inputs",
@@ -603,7 +603,7 @@ params = {
  },
  "fnnlite.train.watching": {
   "GradStats": {
-   "every": "look at one batch in so many"
+   "every": "look at one batch in this many"
   }
  },
  "fnnlite.train.distributed": {
@@ -621,7 +621,7 @@ params = {
    "timeout": "seconds to wait for another process"
   },
   "Distributed": {
-   "bucket": "bytes of gradients to wait for before they are sent, together"
+   "bucket": "send gradients together once they have so many bytes"
   }
  }
 }

@@ -41,35 +41,32 @@ def _one_line_errors():
         sys.exit(2)
     except KeyboardInterrupt: sys.exit(130)
 
-
-
 # %% ../nbs/180_commands.ipynb #ee342c6d
-def _usable(device):
-    """This process's device of that name, if a number can be put there and read back; else
-    ValueError"""
+def _usable(name):
+    "This process's device of that name, or a GPU if there is one; ValueError if it doesn't work"
+    if name is None: name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            own = own_device(device)
-            torch.ones(1, device=own).item()
+            own = own_device(name)
+            torch.ones(1, device=own).item() # a number can be put there and read back
         return own
-    except Exception as e: # of any kind: each backend that isn't there has its own
-        raise ValueError(
-            f"device is {reprlib.repr(device)}: {one_line(str(e).split('. ')[0], 200)}") from None
+    except Exception as e: # each missing backend has an error of its own
+        why = one_line(str(e).split('. ')[0], 200)
+        raise ValueError(f"device is {reprlib.repr(name)}: {why}") from None
 
 def _widths(layers):
     "The hidden layers' widths, from numbers or a text like '512,256'"
-    try:
-        widths = [int(w) for w in layers.split(',')
-            if w.strip()] if isinstance(layers, str) else layers
-    except ValueError: widths = [0]
+    widths,got = layers,f"layers is {reprlib.repr(layers)}"
+    if isinstance(layers, str):
+        try: widths = [int(w) for w in layers.split(',') if w.strip()]
+        except ValueError: widths = [0]
     if not (isinstance(widths, list) and len(widths)<=100
         and all(type(w) is int and 0<w<100_000 for w in widths)):
-        raise ValueError(
-            f"layers is {reprlib.repr(layers)}, expected up to 100 widths like 512,256")
-    if _numbers(widths)>50_000_000:
-        raise ValueError(f"layers is {reprlib.repr(layers)}: a net of {_numbers(widths):,} "
-            "weights; expected at most 50 million")
+        raise ValueError(f"{got}, expected up to 100 widths like 512,256")
+    n = _numbers(widths)
+    if n>50_000_000:
+        raise ValueError(f"{got}: a net of {n:,} weights; expected at most 50 million")
     return widths
 
 def _numbers(hidden):
@@ -83,23 +80,23 @@ def _net(arch, hidden, dropout):
     if arch not in archs:
         raise ValueError(f"arch is {reprlib.repr(arch)}, expected {' or '.join(archs)}")
     if arch=='mlp': return mlp([784,*hidden,10], dropout)
-    # faster convolutions
-    return Sequential(Reshape(-1, 1, 28, 28), *resnet()).to(memory_format=torch.channels_last)
+    net = Sequential(Reshape(-1, 1, 28, 28), *resnet())
+    return net.to(memory_format=torch.channels_last) # for faster convolutions
 
 def _checked(model, xb, yb):
-    "Say how far the gradients are from autograd's, and end where they are wrong"
+    "Print how far the gradients are from autograd's; ValueError if they are wrong"
     gap = autograd_gap(model, xb, yb)
     print(f"Gradients against autograd's, in float64: they differ by at most {gap:.0e} of the "
         "largest")
     if not gap<1e-9: raise ValueError("the gradients are wrong: not training")
 
 def _trained(learn, epochs, checkpoint, inside, first=True):
-    "Train, and write the history and the curves. On a signal the run ends here"
+    "Train, and write the history and the curves; after a signal, end the process"
     stop,out = next(o for o in learn.cbs if isinstance(o, StopOnSignal)),checkpoint.path.parent
     if first: inside.enter_context(checkpoint.lock) # until the last file is written
     try: learn.fit(epochs)
     except Exception:
-        # else it's what the signal broke: a compiler's run, another process
+        # after a signal, the error is what the signal broke: a compiler's run, another process
         if not stop.signal: raise
     status = 128+stop.signal if stop.signal else 130 if learn.interrupted else 0
     if not first: sys.exit(status)
@@ -116,8 +113,8 @@ def _trained(learn, epochs, checkpoint, inside, first=True):
         sys.exit(status)
 
 def _own_process(name):
-    "Where the process is the command's alone, a signal may end it"
-    # no KeyboardInterrupt while Python clears up
+    "Where the command has a process of its own, let signals end it at once"
+    # without a KeyboardInterrupt while Python clears up
     if Path(sys.argv[0]).name==name: on_signals(signal.SIG_DFL)
 
 @call_parse
@@ -128,7 +125,7 @@ def fnnlite_train(
     bs:int=128, # Rows in a batch
     lr:float=None, # The highest learning rate of one cycle (default: .002 for an mlp, else .01)
     layers:str='512,256', # Widths of an mlp's hidden layers
-    dropout:float=.2, # Part of an mlp's activations dropped in training
+    dropout:float=.2, # Share of an mlp's activations dropped in training
     device:str=None, # Where to train (default: a GPU if there is one)
     seed:int=42, # Of the weights, the order of the batches and dropout
     out:str='models', # Folder for weights, history, curves and checkpoint
@@ -138,9 +135,9 @@ def fnnlite_train(
 ):
     "Train a net on MNIST with hand-written gradients"
     _own_process('fnnlite_train')
-    with (first_signal(lambda o: sys.exit(128+o)), _one_line_errors(), ExitStack() as inside,
-          processes(device := _usable(('cuda' if torch.cuda.is_available() else 'cpu')
-          if device is None else device)) as first):
+    with first_signal(lambda o: sys.exit(128+o)), _one_line_errors(), ExitStack() as inside:
+        device = _usable(device)
+        first = inside.enter_context(processes(device))
         hidden,out = _widths(layers),Path(out)
         if lr is None: lr = .01 if arch=='resnet' else .002
         if precision not in (None,'highest','high','medium'):
@@ -158,7 +155,7 @@ def fnnlite_train(
         _checked(model, dls.train.x[:16], dls.train.y[:16])
         settings = dict(data=data and str(data), arch=arch, bs=bs, lr=lr, layers=hidden,
             dropout=dropout, seed=seed, epochs=epochs, compiled=compiled,
-                        precision=torch.get_float32_matmul_precision())
+            precision=torch.get_float32_matmul_precision())
         checkpoint = Checkpoint(out, resume, settings)
         cbs = [OneCycle(lr), checkpoint, StopOnSignal()] + [Distributed()]*launched()
         learn = Learner(model, dls, partial(AdamW, lr=lr), [accuracy], cbs, compiled)
@@ -180,11 +177,11 @@ def fnnlite_write(
     data:str=None, # A text file in UTF-8 (default: Shakespeare's million characters in the package)
     steps:int=2000, # Batches to train on
     bs:int=12, # Pieces of text in a batch
-    places:int=64, # Characters in a piece, and how far the net looks back
+    places:int=64, # Characters in a piece: as far as the net looks back
     blocks:int=4, # Of the net
     heads:int=4, # Of each block's attention
-    width:int=128, # Numbers for a place
-    dropout:float=0., # Part of the activations dropped in training
+    width:int=128, # Numbers for each place
+    dropout:float=0., # Share of the activations dropped in training
     lr:float=2e-3, # The highest learning rate, of a one-cycle schedule
     device:str=None, # Where to train (default: a GPU if there is one)
     seed:int=42, # Of the weights, the pieces and what is written
@@ -198,10 +195,9 @@ def fnnlite_write(
     "Train a character GPT with readable gradients, and let it write"
     _own_process('fnnlite_write')
     with first_signal(lambda o: sys.exit(128+o)), _one_line_errors(), ExitStack() as inside:
-        device,out = _usable(('cuda' if torch.cuda.is_available() else 'cpu') if device is None
-            else device),Path(out)
-        for k,v in dict(steps=steps, bs=bs, places=places, blocks=blocks, heads=heads,
-            width=width, n=n).items():
+        device,out = _usable(device),Path(out)
+        shape = dict(places=places, blocks=blocks, heads=heads, width=width)
+        for k,v in dict(steps=steps, bs=bs, **shape, n=n).items():
             if not 1<=v<=10**6: raise ValueError(f"{k} is {v}, expected 1 to 1,000,000")
         if not 0<=dropout<1:
             raise ValueError(f"dropout is {dropout}, expected a number from 0, below 1")
@@ -209,32 +205,28 @@ def fnnlite_write(
         torch.manual_seed(seed)
         text = load_text(data)
         dls = text_loaders(text, places, bs, math.ceil(steps/epochs), device, seed)
-        with device:
-            model = Model(GPT(len(text.symbols), places, blocks, heads, width, dropout),
-                CrossEntropy())
+        n_symbols = len(text.symbols)
+        with device: net = GPT(n_symbols, places, blocks, heads, width, dropout)
+        model = Model(net, CrossEntropy())
         n_params = sum(p.numel() for p in model.parameters())
         print(f"{len(text.train):,} characters to train on, {len(text.valid):,} to validate with, "
-            f"{len(text.symbols)} different ones; "
-            f"{n_params:,} weights, on {device}")
+            f"{n_symbols} different ones; {n_params:,} weights, on {device}")
         _checked(model, *(b[:2] for b in dls.train.one_batch()))
-        settings = dict(data=data and str(data), steps=steps, bs=bs, places=places, blocks=blocks,
-            heads=heads, width=width,
-            dropout=dropout, lr=lr, seed=seed, compiled=compiled)
+        settings = dict(data=data and str(data), steps=steps, bs=bs, **shape, dropout=dropout,
+            lr=lr, seed=seed, compiled=compiled)
         checkpoint = Checkpoint(out, resume, settings)
         opt = AdamW(_by_decay(model.parameters(), .1), lr=lr, betas=(.9,.99))
         learn = Learner(model, dls, opt, [], [OneCycle(lr), checkpoint, StopOnSignal()], compiled)
         _trained(learn, epochs, checkpoint, inside)
-        save_tensors(out/'model.safetensors', model.layers.state_dict(), symbols=text.symbols,
-            places=places, blocks=blocks, heads=heads, width=width)
+        save_tensors(out/'model.safetensors', net.state_dict(), symbols=text.symbols, **shape)
         ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-        print(text.decode(model.layers.generate(ids, n, temperature, top_k, seed)[0, 1:]))
+        print(text.decode(net.generate(ids, n, temperature, top_k, seed)[0, 1:]))
         print(f"Validation loss {learn.history[-1]['valid_loss']:.3f} nats. Weights, history and "
             f"curves are in {out}")
 
 # %% ../nbs/180_commands.ipynb #ceb1921b
 def _saved_net(path):
-    """The net in `path`, and the mean and the standard deviation of the pixels that it was
-    trained with"""
+    "The net in `path`, and the mean and the standard deviation of its training pixels"
     def check(ok, got, want='a net that fnnlite_train saved'):
         if not ok: raise bad_file(path, got, want, CheckpointError)
     try: size = os.stat(path).st_size
@@ -253,15 +245,13 @@ def _saved_net(path):
     check(number(dropout) and 0<=dropout<1, f'dropout is {reprlib.repr(dropout)}',
         'a number from 0, below 1')
     check(isinstance(stats, list) and len(stats)==2 and all(map(number, stats)) and stats[1]>0,
-        f'stats is {reprlib.repr(stats)}',
-        'a mean and a standard deviation')
+        f'stats is {reprlib.repr(stats)}', 'a mean and a standard deviation')
     arch = about.get('arch', 'mlp')
     check(arch in archs, f'arch is {reprlib.repr(arch)}', ' or '.join(archs))
-    n,expected = sum(t.numel()
-        for t in tensors.values()),_numbers(layers) if arch=='mlp' else sum(t.numel()
-        for t in resnet().state_dict().values())
-    check(n==expected, f'{n:,} weights', f'{expected:,} for layers {reprlib.repr(layers)}'
-        if arch=='mlp' else f'{expected:,} for a resnet')
+    count = lambda tensors: sum(t.numel() for t in tensors.values())
+    if arch=='mlp': expected,what = _numbers(layers),f'layers {reprlib.repr(layers)}'
+    else: expected,what = count(resnet().state_dict()),'a resnet'
+    check(count(tensors)==expected, f'{count(tensors):,} weights', f'{expected:,} for {what}')
     net = Model(_net(arch, layers, dropout), CrossEntropy())
     put_state(net.layers, tensors, path)
     for k,t in tensors.items():
@@ -271,7 +261,7 @@ def _saved_net(path):
 
 @call_parse
 def fnnlite_predict(
-    *images:str, # Picture files, a digit each
+    *images:str, # Picture files with one digit each
     weights:str='models/model.safetensors', # What fnnlite_train saved
 ):
     "Print the digit in each picture and how probable the net finds it"
