@@ -62,7 +62,7 @@ def test_same_losses(name, opt):
         steps.check_losses(res, ref)
         with pytest.raises(PeerError): steps.check_losses(res, other)
 
-@pytest.mark.parametrize('net', nets.nets)
+@pytest.mark.parametrize('net', [n for n in nets.nets if n!='gpt2']) # which takes minutes
 def test_nets_give_the_same_losses(net):
     "All ways to take a step but the compiled ones; `measure` compares."
     times,_ = nets.measure(net, [n for n in nets.names if 'compile' not in n], rounds=1, steps=1)

@@ -18,8 +18,9 @@ class Quiet(SimpleHTTPRequestHandler):
 @needed
 def test_site(tmp_path):
     "One command builds it; search finds, a formula is drawn, a rule's code is there, and on a phone nothing but code scrolls sideways."
-    p = subprocess.run([root/'scripts'/'site'], env={**os.environ, 'VIRTUAL_ENV':sys.prefix}, capture_output=True, text=True)
-    assert p.returncode==0, p.stdout+p.stderr
+    if 'SITE_IS_BUILT' not in os.environ: # as CI has done it, by the README's line
+        p = subprocess.run([root/'scripts'/'site'], env={**os.environ, 'VIRTUAL_ENV':sys.prefix}, capture_output=True, text=True)
+        assert p.returncode==0, p.stdout+p.stderr
     site = tmp_path/'site'
     shutil.copytree(root/'_docs', site)
     for f in site.rglob('*.html'):
