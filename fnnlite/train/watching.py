@@ -42,7 +42,7 @@ class GradStats(Callback):
         import matplotlib.pyplot as plt
         n = len(self.figures)
         fig,axs = plt.subplots(1, n, figsize=(3.4*n,3), layout='constrained')
-        colors = plt.cm.viridis(torch.linspace(0, 1, len(self.stats)))
+        colors = plt.cm.viridis(torch.linspace(0, 1, len(self.stats)).numpy())
         for i,(ax,name) in enumerate(zip(axs, self.figures)):
             for color,(call,rows) in zip(colors, self.stats.items()):
                 steps,*columns = zip(*rows)
