@@ -59,6 +59,11 @@ params = {
    "returns": "a gradient for each source of the call, None for constants"
   }
  },
+ "fnnlite.core.surroundings": {
+  "running": {
+   "within": "the `id` of the frame to stop at"
+  }
+ },
  "fnnlite.core.calls": {
   "Record": {
    "is_outermost": "a node of autograd's? Then `t.requires_grad` is as without a record",
@@ -418,6 +423,12 @@ params = {
    "**options": "of all groups that don't have their own"
   }
  },
+ "fnnlite.train.assumptions": {
+  "Seen": {
+   "varying": "options whose numbers are inputs, each as the group's index and its name",
+   "fs": "functions and methods that a step calls besides"
+  }
+ },
  "fnnlite.train.checkpoints": {
   "write_file": {
    "path": "where to",
@@ -531,10 +542,6 @@ params = {
   }
  },
  "fnnlite.train.compiled": {
-  "Seen": {
-   "varying": "options whose numbers are inputs, each as the group's index and its name",
-   "fs": "functions and methods that a step calls besides"
-  },
   "CompiledStep": {
    "most": "graphs, after which it gives up",
    "model": "a `Model`, or any module whose output is a loss",
@@ -565,7 +572,9 @@ params = {
   },
   "ClipGrads": {
    "max_norm": "the largest norm that is left alone"
-  },
+  }
+ },
+ "fnnlite.train.resuming": {
   "on_signals": {
    "f": "a function of the number and the frame, or one of `signal`'s constants",
    "returns": "signals to what they called before"

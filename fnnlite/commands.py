@@ -23,13 +23,13 @@ from .nets.pictures import mlp, resnet
 from .nets.texts import GPT
 from .ops.losses import CrossEntropy
 from .ops.shapes import Reshape
-from .train.callbacks import Checkpoint, NonFiniteError, OneCycle, StopOnSignal
-from .train.callbacks import first_signal, on_signals
+from .train.callbacks import NonFiniteError, OneCycle
 from .train.checkpoints import CheckpointError, load_tensors, put_state
 from .train.checkpoints import save_tensors, write_file
 from .train.learners import Learner, accuracy
 from .train.optimizers import AdamW
 from .train.distributed import Distributed, DistributedError, launched, own_device, processes
+from .train.resuming import Checkpoint, StopOnSignal, first_signal, on_signals
 
 # %% ../nbs/180_commands.ipynb #315649ad
 @contextmanager

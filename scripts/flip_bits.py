@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from fastcore.script import call_parse
 from fnnlite import AdamW, CrossEntropy, DataLoaders, Learner, Lin, Model, Relu
-from fnnlite.train.callbacks import Checkpoint
+from fnnlite.train.resuming import Checkpoint
 from fnnlite.train.checkpoints import CheckpointError, load_tensors, load_weights, save_weights
 
 def net(): return Model([Lin(20, 30), Relu(), Lin(30, 3)], CrossEntropy())

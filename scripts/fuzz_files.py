@@ -47,7 +47,7 @@ def worker():
 def _learner(folder, resume):
     import torch
     from functools import partial
-    from fnnlite.train.callbacks import Checkpoint
+    from fnnlite.train.resuming import Checkpoint
     from fnnlite.commands import mlp
     from fnnlite.data.digits import DataLoaders
     from fnnlite.train.learners import Learner

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 import torch
 from fnnlite import SGD, AdamW, CrossEntropy, DataLoaders, Dropout, Learner, Lin, Model, Relu
-from fnnlite.train.callbacks import Callback, Checkpoint, OneCycle
+from fnnlite.train.callbacks import Callback, OneCycle
+from fnnlite.train.resuming import Checkpoint
 from fnnlite.train.checkpoints import load_tensors
 
 epochs,batches = 5,8

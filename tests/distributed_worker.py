@@ -7,7 +7,8 @@ import pytest, torch, torch.distributed as dist
 from fnnlite import SGD, Add, AdamW, CrossEntropy, DataLoaders, Distributed, Dropout, Learner, Lin, Model, Module, Mse, Relu, Tanh, accuracy
 from fnnlite.core.record import GradError
 from fnnlite.train import callbacks as cb
-from fnnlite.train.callbacks import Callback, Checkpoint, NonFiniteError, OneCycle
+from fnnlite.train.callbacks import Callback, NonFiniteError, OneCycle
+from fnnlite.train.resuming import Checkpoint
 from fnnlite.train.distributed import DistributedError, own_device, processes, share
 from helpers import by_autograd
 

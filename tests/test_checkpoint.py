@@ -10,7 +10,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, RandomSampler, 
 from safetensors.torch import load_file, save_file
 from fnnlite import load_weights, save_weights, DataLoaders, Dropout, Lin, Relu, Learner
 from fnnlite import accuracy, CrossEntropy, Model, Sequential, SGD, AdamW, RMSprop
-from fnnlite.train.callbacks import Callback, Checkpoint, NonFiniteError, OneCycle, StopOnSignal
+from fnnlite.train.callbacks import Callback, NonFiniteError, OneCycle
+from fnnlite.train.resuming import Checkpoint, StopOnSignal
 from fnnlite.train.checkpoints import CheckpointError, FolderLock, _checksum, load_tensors, put_state, save_tensors, write_file
 
 opts = dict(adamw=partial(AdamW, lr=.01), momentum=partial(SGD, lr=.05, momentum=.9), rmsprop=partial(RMSprop, lr=.01, momentum=.5))

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from fnnlite import commands as cli
 from fnnlite import load_mnist, Relu
-from fnnlite.train import callbacks
+from fnnlite.train import callbacks, resuming
 from fnnlite.train.checkpoints import FolderLock, load_tensors, save_tensors
 
 bin = Path(sysconfig.get_path('scripts'))
@@ -17,12 +17,12 @@ one_thread = {**os.environ, 'OMP_NUM_THREADS':'1'}
 @pytest.fixture(autouse=True)
 def tidy():
     "The commands are made for a process of their own: here they share one."
-    threads,precision,handlers = torch.get_num_threads(),torch.get_float32_matmul_precision(),[signal.getsignal(o) for o in callbacks.ending]
+    threads,precision,handlers = torch.get_num_threads(),torch.get_float32_matmul_precision(),[signal.getsignal(o) for o in resuming.ending]
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
-    for o,f in zip(callbacks.ending, handlers): signal.signal(o, f)
+    for o,f in zip(resuming.ending, handlers): signal.signal(o, f)
     if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')
 
 @pytest.fixture
@@ -289,9 +289,9 @@ def test_signal_outside_the_training(where, name, number, run, small, tmp_path, 
 
 def test_called_from_python(small, tmp_path):
     "A notebook's Ctrl-C is what it was before."
-    handlers = [signal.getsignal(o) for o in callbacks.ending]
+    handlers = [signal.getsignal(o) for o in resuming.ending]
     cli.fnnlite_train(data=small[1], epochs=1, layers='8', out=tmp_path)
-    assert [signal.getsignal(o) for o in callbacks.ending]==handlers and (tmp_path/'model.safetensors').exists()
+    assert [signal.getsignal(o) for o in resuming.ending]==handlers and (tmp_path/'model.safetensors').exists()
 
 def test_signal_at_the_exit(tmp_path):
     "When the command is done and Python clears up: no traceback either."

@@ -14,7 +14,8 @@ from fnnlite import SGD, Adam, AdamW, CrossEntropy, DataLoaders, Dropout, GradEr
 from fnnlite import Lin, Model, Module, Mse, RMSprop, Relu, Tanh, accuracy, compile_step
 from fnnlite.core.record import const
 from fnnlite.train import compiled
-from fnnlite.train.callbacks import Callback, Checkpoint, ClipGrads, OneCycle
+from fnnlite.train.callbacks import Callback, ClipGrads, OneCycle
+from fnnlite.train.resuming import Checkpoint
 from helpers import rand
 
 Lin64 = partial(Lin, dtype=torch.float64)

@@ -5,7 +5,7 @@ from operator import attrgetter
 from pathlib import Path
 from fastcore.docments import docments
 from fnnlite import Lin, Module, _help
-from fnnlite.train.callbacks import Checkpoint
+from fnnlite.train.resuming import Checkpoint
 
 root = Path(__file__).parent.parent
 

@@ -9,7 +9,7 @@ __all__ = ['Hole', 'named', 'forward_of', 'Node', 'as_node']
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
-from . import guards
+from . import unseen, walk_guards
 from .backward import in_memory_of_their_own, kept_on
 from .record import GradError, const, maptree, tensors, wants
 from .stand_ins import as_called, autocast_of, is_known, layer_rule, stand_in
@@ -40,7 +40,7 @@ def forward_of(module, args, kwargs):
     bases = {id(t._base if t._is_view() else t) for t in given}
     def has_gradient(t): # a view requires grad as its base does
         return t.requires_grad and not (t._is_view() and id(t._base) in bases)
-    return guards.only_its_own(module.forward, type(module).__name__, given, has_gradient)
+    return unseen.only_its_own(module.forward, type(module).__name__, given, has_gradient)
 
 class Node(torch.autograd.Function):
     "A call as a node in autograd's graph: the module's `forward` and, for the way back, its `bwd`"
@@ -52,7 +52,7 @@ class Node(torch.autograd.Function):
             with torch.autocast(*ctx.autocast, cache_enabled=False): out = forward(*args, **kwargs)
         ctx.called,ctx.memory = None,()
         if not is_compiling():
-            ctx.called,ctx.memory = as_called(module),guards.memory_of(module._bwd_params())
+            ctx.called,ctx.memory = as_called(module),walk_guards.memory_of(module._bwd_params())
         outs = [o.detach() for o in tensors(out)]
         kept = [{} if any(o is t for t in ts) else _kept(module, o) for o in tensors(out)]
         trees = _holes((args,kwargs,out,kept))
@@ -75,7 +75,7 @@ class Node(torch.autograd.Function):
         n,upstream = len(asked),[g for g in gs if g is not None]
         own = zip(ctx.memory, saved[n-len(real):])
         memory = [m for m,t in own if torch._C._is_alias_of(t, m[0])] # what a hook saved is a copy
-        guards.same_memory(name, memory)
+        walk_guards.same_memory(name, memory)
         versions = [] if is_compiling() else [t._version for t in (*upstream, *saved)]
         ts = [t.detach() if a else const(t.detach()) for t,a in zip(saved, asked)]
         args,kwargs = _fill((args,kwargs), iter(ts))
@@ -91,15 +91,15 @@ class Node(torch.autograd.Function):
             with autocast: me.bwd(out, *args, **kwargs)
         except Exception as e:
             if not is_compiling():
-                guards.note_shapes(e, name, tensors(out), named(module, args, kwargs))
+                walk_guards.note_shapes(e, name, tensors(out), named(module, args, kwargs))
             raise
-        if not is_compiling(): guards.changes_nothing(name, upstream, saved, versions)
+        if not is_compiling(): walk_guards.changes_nothing(name, upstream, saved, versions)
         gs = []
         for t,a in zip(ts, asked):
             who = lambda: f"{name}: {'its input' if len(gs)<n-len(real) else 'a parameter'}"
             if a:
                 cast = ctx.autocast and t.g is not None and t.g.dtype
-                guards.fits(t.g, t, (t.dtype,cast), module.exact, who)
+                walk_guards.fits(t.g, t, (t.dtype,cast), module.exact, who)
             gs.append(t.g.to(t.dtype) if a and t.g is not None else None)
         if not is_compiling(): in_memory_of_their_own(gs, saved, [*ts, *tensors(out), *upstream])
         return None,None,None,*gs

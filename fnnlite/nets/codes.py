@@ -247,8 +247,8 @@ class Written(Record):
         return self.writer.in_place_of(kind.f, ours) if ours and not kind.ours else ours or kind.f
 
     def comment(self):
-        modules = self.around()
-        if modules: self.writer.comment(f"# {path(modules[0], self.root)}")
+        module,_ = self.around()
+        if module is not None: self.writer.comment(f"# {path(module, self.root)}")
 
 # %% ../../nbs/nets/147_codes.ipynb #c84b8eb4
 @contextmanager

@@ -9,10 +9,10 @@ __all__ = ['Wrap']
 import torch
 from torch import nn
 from torch.func import functional_call
-from ..core.calls import here
-from ..core.guards import only_its_own
 from ..core.module import Module
 from ..core.record import GradError, floats, maptree, wants
+from ..core.surroundings import here
+from ..core.unseen import only_its_own
 
 # %% ../../nbs/ops/138_wraps.ipynb #a41f9bda
 def _leaves_of(outs):
