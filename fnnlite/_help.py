@@ -134,7 +134,7 @@ params = {
   },
   "check_grads": {
    "module": "a module, which is copied, or a function",
-   "*args": "its input; copied too",
+   "*args": "its input; copied too; what is marked by `const` needs no gradient",
    "rtol": "relative tolerance",
    "atol": "absolute tolerance",
    "eps": "step of the finite differences",

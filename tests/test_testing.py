@@ -250,3 +250,13 @@ def test_hints_say_what_is_wrong(capsys):
     found,text = said(broken)
     assert not found and text.startswith('Affine: bwd ends with an error')
     assert said(whole)==(True,'inp.g: right\nw.g: right\nb.g: right\n')
+
+def test_a_constant_input_needs_no_gradient():
+    "A target, say. Every other input does."
+    class Mae(Module):
+        def forward(self, inp, targ): return (inp-targ).abs().mean()
+        def bwd(self, out, inp, targ): inp.g = (inp-targ).sign()/inp.numel()*out.g
+    x,y = torch.randn(2, 5, 3).unbind()
+    check_grads(Mae(), x, const(y))
+    assert check_grads(Mae(), x, const(y), hints=True) and not check_grads(Mae(), x, y, hints=True)
+    with pytest.raises(AssertionError, match='targ is off'): check_grads(Mae(), x, y)

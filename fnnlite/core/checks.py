@@ -12,7 +12,7 @@ import torch
 from torch import nn, Tensor
 from .boundary import recorded_call
 from .module import through_forward
-from .record import floats, is_float, maptree
+from .record import const, floats, is_float, is_param, maptree, wants
 from .rules import name_of
 from .walk_guards import apart_in_memory
 
@@ -55,22 +55,23 @@ test_near.__test__ = False # pytest: not a test by itself
 
 # %% ../../nbs/core/119_checks.ipynb #159826cf
 def _twin(module, args):
-    "A float64 copy of `module` and `args`, with nothing frozen or marked"
+    "A float64 copy of `module` and `args`, with nothing frozen"
     def double(t):
         if not is_float(t): return t
-        t = t.detach().to(torch.complex128 if t.is_complex() else torch.float64)
-        return t.clone(memory_format=torch.contiguous_format)
+        new = t.detach().to(torch.complex128 if t.is_complex() else torch.float64)
+        new = new.clone(memory_format=torch.contiguous_format)
+        return new if is_param(t) or wants(t) else const(new)
     if isinstance(module, nn.Module):
         module = deepcopy(module).double().requires_grad_()
         for p in module.parameters(): p.data = p.data.contiguous()
     return module,maptree(double, args)
 
 def _named(module, args):
-    "Names and tensors: the floating-point ones of `args`, then the parameters"
+    "Names and tensors: those of `args` that want a gradient, then the parameters"
     is_module = isinstance(module, nn.Module)
     try: bound = signature(module.forward if is_module else module).bind(*args).arguments
     except ValueError: bound = {'args': args} # torch's functions in C
-    found = [(n,floats(v)) for n,v in bound.items()]
+    found = [(n,[t for t in floats(v) if wants(t)]) for n,v in bound.items()]
     inps = [(n if len(ts)==1 else f'{n}[{i}]', t) for n,ts in found for i,t in enumerate(ts)]
     return inps + list(module.named_parameters()) if is_module else inps
 
@@ -143,7 +144,7 @@ class _Check:
 # %% ../../nbs/core/119_checks.ipynb #a03cd354
 def check_grads(
     module, # a module, which is copied, or a function
-    *args, # its input; copied too
+    *args, # its input; copied too; what is marked by `const` needs no gradient
     rtol:float=1e-5, # relative tolerance
     atol:float=1e-7, # absolute tolerance
     eps:float=1e-5, # step of the finite differences

@@ -98,7 +98,7 @@ def stays_inside(rec, f):
         "detach() the tensor first")
 
 def stays_in_graph(rec, f):
-    "Refuse what takes numbers out of a graph that is being written down"
+    "Refuse what takes numbers out of a graph that is being traced"
     if f in escapes or f is Tensor.tolist:
         rec.fail(f, "takes numbers out of a graph, where they would stay what they are now")
 

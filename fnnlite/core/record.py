@@ -17,7 +17,7 @@ class GradError(RuntimeError):
     "A gradient would be wrong or lost; the message names the module and the tensor"
 
 def traced()->bool:
-    "Is this being written down as a graph? Then Python can't read a tensor's numbers"
+    "Is this being traced as a graph? Then Python can't read a tensor's numbers"
     if is_compiling(): return True
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 

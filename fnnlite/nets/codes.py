@@ -226,7 +226,7 @@ def printed(self:Writer, lines)->list:
 
 # %% ../../nbs/nets/147_codes.ipynb #0eea15ea
 class Written(Record):
-    "A record of what a `Writer` around it writes down"
+    "A record of what a `Writer` around it writes"
     def __init__(self, writer, inps, root):
         super().__init__(inps, strict=True, audit=False, root=root)
         self.writer = writer
