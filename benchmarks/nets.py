@@ -3,10 +3,11 @@
 gpt: nanoGPT's recipe for a CPU, 4 layers, 4 heads, 128 wide, 12 rows of 64 characters, no bias, no dropout; gradients clipped at 1.
 resnet: five blocks of two 3×3 convolutions, 8 to 64 channels, on 64 pictures of 28×28.
 lstm: a language model of one LSTM (65-128-256-65), 32 rows of 64 characters.
-gpt2: the first one at GPT-2's size, 124 million weights, 4 rows of 64; not compiled, which takes minutes.
+gpt2: the first one at GPT-2's size, 124 million weights, 4 rows of 64; eager only, compiling takes minutes.
 All by AdamW with weight decay on matrices."""
 import tempfile, time
 from functools import partial
+from importlib.util import find_spec
 from statistics import median
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,8 @@ def characters(B, T): return torch.randint(65, (2, B, T)).unbind()
 def pictures(n): return torch.randn(n, 1, 28, 28),torch.randint(10, (n,))
 nets = dict(gpt=(GPT, partial(characters, 12, 64), 1.), resnet=(ResNet, partial(pictures, 64), None), lstm=(CharLSTM, partial(characters, 32, 64), None),
     gpt2=(partial(GPT, 50257, 1024, 12, 12, 768), partial(characters, 4, 64), 1.))
-names = ['torch eager','torch.compile','fnnlite loss.backward','fnnlite eager','fnnlite lean','fnnlite compiled']
+names = ['torch eager','torch.compile','jax jit','fnnlite loss.backward','fnnlite eager','fnnlite lean','fnnlite compiled']
+compiled = ['torch.compile','jax jit','fnnlite compiled']
 
 def groups(net): # of parameters: matrices with weight decay, and the rest
     ps = list(net.parameters())
@@ -87,7 +89,10 @@ def build(name, net, clip):
     "A function of a batch that takes a step"
     from fnnlite import AdamW, Model, compile_step
     torch.manual_seed(0)
-    net = nets[net][0]()
+    name_of_net,net = net,nets[net][0]()
+    if name=='jax jit':
+        from . import jax_nets
+        return jax_nets.build(name_of_net, net, clip)
     if name=='fnnlite compiled': return compile_step(Model(net), AdamW(groups(net), lr=1e-3, betas=(.9,.99)), max_norm=clip)
     opt = torch.optim.AdamW(groups(net), lr=1e-3, betas=(.9,.99))
     f = torch.compile(net) if name=='torch.compile' else net if name=='torch eager' else Model(net).retain(name!='fnnlite lean')
@@ -133,7 +138,10 @@ def run(args, fail):
     for net in nets if args.device=='cpu' else ():
         if args.quick and net=='gpt2': continue
         say(f'nets: {net}')
-        chosen = [n for n in names if not (args.quick or net=='gpt2') or 'compile' not in n]
+        chosen = names if not (args.quick or net=='gpt2') else [n for n in names if n not in compiled]
+        if 'jax jit' in chosen and find_spec('jax') is None:
+            fail('nets', net, 'jax jit', PeerError('jax is not installed'))
+            chosen = [n for n in chosen if n!='jax jit']
         try:
             with tempfile.TemporaryDirectory() as cache: times,firsts = fresh(measure, net, chosen, args.rounds, **own_cache(cache))
         except PeerError as e:
@@ -141,5 +149,5 @@ def run(args, fail):
             continue
         rows = [dict(net=net, peer=n, median=median(ts), min=min(ts), max=max(ts), first=firsts[n], seconds=ts,
             to_eager=median(a/b for a,b in zip(ts, times['torch eager']))) for n,ts in times.items()]
-        for r in rows: r['bytes'] = None if r['peer']=='torch.compile' else fresh(peak, r['peer'], net)
+        for r in rows: r['bytes'] = None if r['peer'] in compiled[:2] else fresh(peak, r['peer'], net)
         yield rows

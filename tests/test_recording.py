@@ -869,6 +869,16 @@ def test_a_part_of_what_overlaps_is_not_changed(f):
         return h*1
     refused(program, rand(4, 5), match='shows a number more than once')
 
+@pytest.mark.parametrize('f', [lambda h: h.unfold(1, 2, 1), lambda h: h.as_strided((4,2,3), (5,1,1))], ids=['unfold','as_strided'])
+def test_what_overlaps_is_not_changed(f):
+    "Each number would be changed, and its gradient counted, as often as it is shown."
+    def program(n, x):
+        h = n.a(x)
+        v = f(h)
+        v -= .5
+        return v*2
+    refused(program, rand(4, 5), match='shows a number more than once')
+
 @pytest.mark.parametrize('f', [lambda x, a: torch.add(x, x*x, alpha=a), lambda x, a: torch.addcmul(x, x, x, value=a),
     lambda x, a: F.celu(x, a), lambda x, a: F.smooth_l1_loss(x, x*x, reduction='none', beta=a)], ids=['add','addcmul','celu','smooth_l1'])
 def test_a_number_in_a_tensor_changed_later(f):

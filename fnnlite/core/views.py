@@ -73,6 +73,7 @@ class Views:
         t,bases = ts[0],self.behind(ts[0], f)
         guards.has_rule(self, f, rule, ts)
         for o in (t, *(base for base,*_ in bases)): guards.made_here(self, f, o)
+        if bases: guards.shows_each_once(self, f, t)
         before = {id(o):o.clone() for o in ts if o is not t and torch._C._is_alias_of(o, t)}
         is_read = before or rule.reads('inp') or sum(o is t for o in ts)>1
         before[id(t)] = t.clone() if is_read else t.detach()
