@@ -14,13 +14,15 @@ params = {
   }
  },
  "fnnlite.core.rules": {
+  "form_of": {
+   "laid_out": "as this, if `t` is the stand-in for one that was let go"
+  },
   "Rule": {
    "grad": "assigns `.g` to the arguments, from `out.g`",
    "saves": "what it reads the numbers of; None: of everything",
    "forward": "in place of the function",
    "kernel": "torch's own, for the same gradients",
-   "exact": "is it meant to be the gradient?",
-   "(is_layer, is_known)": "known: its forward uses what it is given"
+   "exact": "is it meant to be the gradient?"
   },
   "gradient_of": {
    "*fs": "functions and methods of torch's, or ones of your own that are `recorded`",
@@ -61,7 +63,8 @@ params = {
  },
  "fnnlite.core.surroundings": {
   "running": {
-   "within": "the `id` of the frame to stop at"
+   "within": "the `id` of the frame to stop at",
+   "frame": "where to begin; default: here"
   }
  },
  "fnnlite.core.calls": {

@@ -283,3 +283,14 @@ def test_compiled_step():
                 opt.zero_grad()
         ends.append([p.detach() for p in model.parameters()])
     close(*ends, rtol=1e-12, atol=1e-12)
+
+def test_lean_gradients_are_laid_out_as_ever():
+    strides = []
+    for on in (True,False):
+        net = nn.Sequential(nn.Conv2d(2, 3, 1), nn.AvgPool2d(2), nn.Conv2d(3, 4, 1)).to(memory_format=torch.channels_last)
+        x = torch.randn(2, 2, 6, 6).to(memory_format=torch.channels_last)
+        model,seen = Model(net).retain(on),{}
+        out = model(x)
+        model.backward(torch.randn_like(out), after=lambda call: seen.update({call.name:call.args[0].g.stride()}))
+        strides.append(seen)
+    assert strides[0]==strides[1]

@@ -402,6 +402,26 @@ def test_not_exact(registry):
     rec.backward(out)
     assert torch.equal(x.g, x.cumsum(0))
 
+def test_not_exact_where_autograd_differentiates(registry):
+    "Between the nodes of `as_nodes`, and under torch.func, autograd wouldn't take the rule."
+    from fnnlite import Lin
+    gradient_of(torch.cumsum, exact=False)(lambda out, inp, dim: setattr(inp, 'g', out.g))
+    class Sums(Module):
+        def __init__(self): self.l = Lin(3, 3)
+        def forward(self, x): return self.l(x).cumsum(0)
+    m,x = Sums(),torch.randn(2, 3)
+    m(x).sum().backward()
+    torch.testing.assert_close(x.g, torch.ones(2, 3)@m.l.w.t())
+    for run in (lambda: m.as_nodes()(x), lambda: torch.func.grad(lambda x: m.as_nodes(False)(x).sum())(x)):
+        with pytest.raises(GradError, match='cumsum: autograd would take its derivative'): run()
+    class Own(Module):
+        def forward(self, x): return x.cumsum(0)
+        def bwd(self, out, x): x.g = 7*out.g
+    x.requires_grad_()
+    Own().as_nodes()(x).sum().backward()
+    assert (x.grad==7).all()
+    with torch.no_grad(): assert torch.equal(m.as_nodes()(x), m.l(x).cumsum(0))
+
 def test_recorded_function(registry):
     "A call by its own name, with its own rule; without a rule, an error; outside of a record, a plain function."
     @recorded
@@ -671,6 +691,30 @@ def test_gradients_own_their_memory():
     recorded_call(net, z)[0].backward(torch.ones(4))
     net.q.grad.mul_(.1)
     assert z.g.tolist()==[1]*4
+
+class OneForAll(Module):
+    "Its rule gives both parameters and the input the same tensor."
+    def __init__(self): self.p,self.q = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    def forward(self, x): return 2*(self.p+self.q+x)
+    def bwd(self, out, x): self.p.g = self.q.g = x.g = 2*out.g
+
+@pytest.mark.parametrize('way', ['hand','autograd','nodes'])
+def test_one_tensor_as_several_gradients(way):
+    m,x = OneForAll().as_nodes(way=='nodes'),torch.zeros(3, requires_grad=True)
+    out = m(x)
+    m.backward(torch.ones(3)) if way=='hand' else out.backward(torch.ones(3))
+    m.p.grad.mul_(.1) # as an optimizer might
+    assert m.q.grad.tolist()==[2]*3
+    m.q.grad.mul_(.1)
+    assert x.g.tolist()==[2]*3 if way=='hand' else x.grad.tolist()==[2]*3
+
+def test_a_sum_of_parameters():
+    p,q = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    start = torch.ones(3)
+    with recording() as rec: out = p+q
+    rec.backward(out, start)
+    p.grad.mul_(.1)
+    assert q.grad.tolist()==start.tolist()==out.g.tolist()==[1]*3
 
 def test_frozen_and_thawed():
     from fnnlite import Lin

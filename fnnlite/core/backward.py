@@ -11,9 +11,10 @@ from collections import Counter
 from contextlib import contextmanager
 from weakref import ref
 import torch
+from torch import Tensor
 from . import walk_guards
-from .record import GradError, as_it_is, floats, is_float, is_param, maptree
-from .record import path, tensors
+from .record import GradError, all_as_it_is, came_in, floats, is_float, is_param
+from .record import maptree, path, tensors
 from .rules import NotSaved, name_of
 
 # %% ../../nbs/core/108_backward.ipynb #be00288a
@@ -23,20 +24,35 @@ def kept_on(outs):
 
 class Call:
     "One use of a function or of a layer: what was called, what came in, what came out"
-    def __init__(self, n, f, rule, own, args, kwargs, out, outs, sources, modules, kept=None):
-        self.n,self.f,self.rule,self.sources = n,f,rule,sources
-        self.own,self.args,self.kwargs,self.out = own,args,kwargs,out # own: a layer's parameters
-        self.module,self.root = (modules[0],modules[-1]) if modules else (None,None) # see `around`
-        self.outs,self.n_outs,self.kept = outs,len(outs),kept_on(outs) if kept is None else kept
-        self.kept_was = as_it_is(self.kept) if any(self.kept) else None
-        self.autocast = rule.autocast_now(outs) # that the rule wants to run under
+    def __init__(self, f, rule, own, args, kwargs, sources=()):
+        self.f,self.rule,self.own,self.sources = f,rule,own,sources # own: a layer's parameters
+        self.gets(args, kwargs)
+        self.versions = [t._version for t in self.inps]
 
-    param_aliases,walked,has_params = (),False,False
-    def notice(self, ts):
-        "From now on the numbers of `ts` must stay as they are, if the rule reads them"
-        self.noted,self.versions = ts,[t._version for t in ts]
-        # no version counts `p.data = ...`
-        self.memory = walk_guards.memory_of(filter(is_param, ts)) if self.has_params else ()
+    def gets(self, args, kwargs):
+        "These come in; `inps` have a source each"
+        self.args,self.kwargs = args,kwargs
+        self.given = came_in(self.own, args, kwargs)
+        self.inps = [t for t in self.given if is_float(t)]
+
+    def changed(self):
+        "Those that aren't as they came in"
+        return [t for t,version in zip(self.inps, self.versions) if t._version!=version]
+
+    param_aliases,walked = (),False
+    def made_it(self, n, out, outs, kept=None, module=None, root=None):
+        "It is the record's call `n`, and this came out"
+        self.n,self.module,self.root = n,module,root # see `around`
+        self.out,self.outs,self.n_outs = out,outs,len(outs)
+        self.kept = kept or [{}]*len(outs)
+        self.kept_was = all_as_it_is(kept) if kept and any(kept) else None
+        self.autocast = self.rule.autocast_now(outs) # that the rule wants to run under
+
+    def notice(self):
+        "From now on these numbers must stay as they are, if the rule reads them"
+        self.noted = self.given+(self.outs if isinstance(self.out, Tensor) else tensors(self.out))
+        self.versions = [t._version for t in self.noted]
+        self.memory = walk_guards.memory_of([t for t in self.given if is_param(t)])
 
     def made(self):
         "The tensors that it made, as far as they are still there"
@@ -47,14 +63,14 @@ class Call:
     def lighten(self):
         "Let go of the numbers that the rule doesn't read"
         self.made_here = [ref(o) for o in self.outs]
-        self.args,self.kwargs,self.out = self.rule.lightened(self.args, self.kwargs, self.out)
+        args,kwargs,self.out = self.rule.lightened(self.args, self.kwargs, self.out)
+        self.gets(args, kwargs)
         self.outs = floats(self.out)
-        self.notice(tensors((self.own,self.args,self.kwargs,self.out)))
 
-    def of(self, own, args, kwargs, out):
+    def of(self, own, args, kwargs, out, outs):
         "The same call, of other tensors"
         call = object.__new__(Call)
-        vars(call).update(vars(self), own=own, args=args, kwargs=kwargs, out=out)
+        vars(call).update(vars(self), own=own, args=args, kwargs=kwargs, out=out, outs=outs)
         return call
 
     @property
@@ -97,7 +113,7 @@ def walk(
         while calls:
             call = calls.pop()
             gs = [take((call.n,i), None) for i in range(call.n_outs)]
-            if any(g is not None for g in gs):
+            if any([g is not None for g in gs]):
                 for source,g in zip(call.sources, shares(call, gs, before, after)):
                     if g is not None: add(source, g)
                     elif may_be_left_out(call, source): left_out[source] = call
@@ -170,56 +186,54 @@ def shares(
 )->list: # a gradient for each source of the call, None for constants
     "Run the rule of `call`: what it contributes to the gradients of what came in"
     walk_guards.as_it_was(call)
-    sources,upstream,kept,wanted = iter(call.sources),iter(gs),iter(call.kept),[]
+    sources,upstream,wanted,outs = iter(call.sources),zip(gs, call.kept),[],[]
     dtype = call.outs[0].dtype if call.rule.same_dtype else None
-    def came_in(t):
+    def inp(t):
         if not is_float(t): return t
         a = t.detach() if dtype is None or dtype==t.dtype else t.detach().to(dtype)
         if next(sources) is None: a.const = True
         else: wanted.append((a,t))
         return a
-    def came_out(t):
+    def output(t):
         if not is_float(t): return t
-        a,g = t.detach(),next(upstream)
-        vars(a).update(next(kept))
+        a,(g,kept) = t.detach(),next(upstream)
         a.g = torch.zeros_like(t) if g is None else g
+        if kept: vars(a).update(kept)
+        outs.append(a)
         return a
-    own,args,kwargs = maptree(came_in, (call.own,call.args,call.kwargs))
-    seen = call.of(own, args, kwargs, maptree(came_out, call.out))
+    own,args = maptree(inp, call.own),maptree(inp, call.args)
+    kwargs,out = maptree(inp, call.kwargs),maptree(output, call.out)
+    seen = call.of(own, args, kwargs, out, outs)
     seen.param_aliases = [a for a,t in wanted if is_param(t)] if before or after else ()
     if before:
-        with walk_guards.replaces_only(seen, 'before', floats(seen.out)): before(seen)
-        walk_guards.can_replace(call, seen.out)
+        with walk_guards.replaces_only(seen, 'before', outs): before(seen)
+        walk_guards.can_replace(call, outs)
     run(seen)
     if after:
-        given = [*floats(seen.out), *(a for a,_ in wanted)]
-        with walk_guards.replaces_only(seen, 'after', given): after(seen)
+        with walk_guards.replaces_only(seen, 'after', [*outs, *(a for a,_ in wanted)]): after(seen)
     gs = []
     for a,t in wanted:
         g = a.g
-        if not (type(g) is torch.Tensor and g.shape==t.shape and g.dtype==t.dtype):
+        if not (type(g) is Tensor and g.shape==t.shape and g.dtype==t.dtype):
             walk_guards.passes(call, a, t)
             if g is not None: g = g.to(t.dtype)
         gs.append(g)
-    if call.has_params:
-        given = [o.g for o in floats(seen.out)]
-        others = floats((seen.args,seen.kwargs,seen.out,seen.kept,given))
-        in_memory_of_their_own(gs, [t for _,t in wanted], others)
+    if call.memory:
+        kept = [v for attrs in call.kept for v in attrs.values()]
+        in_memory_of_their_own(gs, [t for _,t in wanted], [*(o.g for o in outs), *kept])
     gs = iter(gs)
     return [None if s is None else next(gs) for s in call.sources]
 
-def in_memory_of_their_own(gs, ts, others):
-    "Clone the gradients of parameters that share memory: the optimizer may change them in place"
+def in_memory_of_their_own(gs, ts, held):
+    "Clone the gradients of parameters that something else is or shows: an optimizer changes them"
     for i,(g,t) in enumerate(zip(gs, ts)):
-        if g is None: continue
-        if is_param(t):
-            shared = g._is_view() or any([o is g or torch._C._is_alias_of(o, g) for o in others])
-            if shared: gs[i] = g.clone()
-        others.append(g)
+        if g is None or not is_param(t): continue
+        shown_by = torch._C._storage_Use_Count(g.untyped_storage()._cdata)-1 # the question counts
+        if shown_by>1 or any([g is o for o in (*held, *gs[:i], *gs[i+1:])]): gs[i] = g.clone()
 
 def run(call):
     "Run the rule of `call`, without autocast but where the rule asks for that of the forward"
-    gs = [o.g for o in floats(call.out)]
+    gs = [o.g for o in call.outs]
     versions = [t._version for t in (*gs, *call.noted)]
     try:
         if not torch._C._is_any_autocast_enabled() and call.autocast is None: call.rule.run(call)

@@ -8,7 +8,7 @@ __all__ = ['nothing', 'Boundary', 'showing', 'Held', 'unpack', 'as_node', 'shown
            'watch_outside', 'recorded', 'is_transformed']
 
 # %% ../../nbs/core/113_boundary.ipynb #b5d8d74d
-from collections import Counter
+from collections import Counter, OrderedDict
 from contextlib import contextmanager
 from functools import wraps
 from weakref import ref
@@ -168,7 +168,7 @@ def watch_outside(rec):
     outs = {id(o):o for call in rec.made for o in call.made() if rec.is_output(o)}.values()
     # views first: torch might crash at a hook on a view whose base requires grad already
     for o in sorted(outs, key=lambda o: not o._is_view()):
-        try: o.requires_grad_().register_hook(used_outside)
+        try: o.requires_grad_()._backward_hooks = OrderedDict({0:used_outside}) # as register_hook
         except RuntimeError: pass # then autograd itself refuses to use it
 
 # %% ../../nbs/core/113_boundary.ipynb #27b3c96d

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from . import guards, unseen, walk_guards
-from .backward import Call, Leaf, publish, walk
-from .record import GradError, floats, is_float, is_param, maptree, path, plain
-from .record import tensors, traced, wants
+from .backward import Call, kept_on, publish, walk
+from .record import GradError, floats, is_float, is_param, maptree, path, traced, wants
 from .rules import Kind, asks, base_name, cuts, kinds, modes, name_of
 from .sources import Sources
 from .surroundings import here, running, shortcuts
-from .views import Views, settled
+from .views import Views
 
 # %% ../../nbs/core/112_calls.ipynb #e4848ac0
 numbers = itertools.count()
@@ -36,9 +35,10 @@ class Record(Sources, Views, TorchFunctionMode):
         self.is_traced = traced()
         self.buffers = {} # by their id
         self.audit,self.watch,self.root,self.lean = audit,None,root,lean and not self.is_traced
-        self.no_grad,self.busy,self.depth = False,0,0
+        self.no_grad,self.busy,self.depth,self.caller = False,0,0,None
         self.outside,self.walked_by,self.held = [],None,None # as a node of autograd's
         self.used = [] # the calls of fnnlite's modules
+        self.asked = [] # of each call: does a leaf that requires grad lead to it?
         for t in floats(inps):
             if wants(t): self.leaf(t)
 
@@ -83,9 +83,9 @@ class Record(Sources, Views, TorchFunctionMode):
     # a call
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
-        self.busy += 1
+        self.busy,self.caller = self.busy+1,sys._getframe(1)
         try: return self.called(f, args, kwargs or {})
-        finally: self.busy -= 1
+        finally: self.busy,self.caller = self.busy-1,None
 
     def one_call(self, kind, args, kwargs, params=()):
         "A call of a function that torch doesn't know, and that isn't to be looked into"
@@ -112,69 +112,60 @@ class Record(Sources, Views, TorchFunctionMode):
 
     def made_by(self, kind, args, kwargs, params=()):
         "What a function makes, in a call if a gradient goes through it"
-        f,rule = kind.f,kind.rule
-        came_in = tensors((params,args,kwargs))
-        ts = [t for t in came_in if is_float(t)]
-        versions = [t._version for t in ts]
-        sources = [] if self.no_grad or kind.cuts else [self.source(t, f) for t in ts]
-        if not any(sources): return self.constant(f, args, kwargs, ts, versions)
+        f,rule,call = kind.f,kind.rule,Call(kind.f, kind.rule, params, args, kwargs)
+        if not (self.no_grad or kind.cuts): call.sources = [self.source(t, f) for t in call.inps]
+        if not any(call.sources): return self.constant(call)
         if kind.escapes: guards.stays_inside(self, f)
         if 'out' in kwargs and isinstance(kwargs['out'], Tensor):
             self.fail(f, "writes what has a gradient into out=: leave it out")
         if kind.in_place or kind.may_be_in_place and rule.in_place(args, kwargs):
             target = args[0] if args else next(iter(kwargs.values()))
-            if isinstance(target, Tensor) and not is_float(target):
-                return self.constant(f, args, kwargs, ts, versions)
-            return self.in_place(f, rule, args, kwargs, ts, sources, versions)
-        out = self.plain(self.forward_of(kind, came_in), args, kwargs)
-        given = {*map(id, ts)}
+            if isinstance(target, Tensor) and not is_float(target): return self.constant(call)
+            return self.in_place(call)
+        out = self.plain(self.forward_of(kind, call), args, kwargs)
+        given = {*map(id, call.inps)}
         if kind.ours: out = maptree(lambda o: o.view_as(o) if id(o) in given else o, out)
-        if [t._version for t in ts]!=versions:
-            guards.unchanged(self, f, ts, versions)
-            guards.only_statistics(self, f, rule, args, kwargs, ts, versions)
+        if changed := call.changed():
+            guards.unchanged(self, f, changed)
+            guards.only_statistics(self, call, changed)
         outs = floats(out)
         new = [o for o in outs if id(o) not in given]
         if not new: return out # what was given came back, or nothing that has a gradient
-        guards.has_rule(self, f, rule, ts+new)
-        self.note(f, rule, params, args, kwargs, out, outs, came_in, ts, sources)
-        self.look_for_views(ts, out, outs, f, args, kwargs)
+        guards.has_rule(self, f, rule, call.inps+new)
+        self.look_for_views(call, out, outs)
+        self.note(call, out, outs, kept_on(outs) if kind.keeps else None)
         return out
 
-    def forward_of(self, kind, came_in):
+    def forward_of(self, kind, call):
         "What runs: the function, or ours in its place. One's own is watched: what does it use?"
         run = kind.rule.forward if kind.rule and kind.rule.forward else kind.f
         if not kind.ours or kind.rule and kind.rule.is_known: return run
-        return unseen.only_its_own(run, name_of(kind.f), came_in, self.has_gradient)
+        return unseen.only_its_own(run, name_of(kind.f), call.given, self.has_gradient)
 
-    def note(self, f, rule, own, args, kwargs, out, outs, came_in, ts, sources, kept=None):
-        "A call, and that what came out of it is from there"
-        if kwargs or not all([type(a) in plain or isinstance(a, Tensor) and a.ndim for a in args]):
-            consts = {id(t) for t,source in zip(ts, sources) if source is None and not t.ndim}
-            args,kwargs = settled(args, consts),settled(kwargs, consts)
-            came_in = tensors((own,args,kwargs))
-        modules = self.around(f.module if rule.is_layer else None)
-        call = Call(len(self.made), f, rule, own, args, kwargs, out, outs, sources, modules, kept)
-        call.has_params = bool(own) or any([type(t) is not Tensor and is_param(t) for t in ts])
-        call.asked = any([s.t.requires_grad if type(s) is Leaf else self.made[s[0]].asked
-            for s in sources if s])
+    def note(self, call, out, outs, kept=None):
+        "`call` has a gradient, and `out` is what came out of it"
+        layer = call.f.module if call.rule.is_layer else None
+        call.made_it(len(self.made), out, outs, kept, *self.around(layer))
         self.made.append(call)
-        given = {*map(id, ts)}
         for i,o in enumerate(outs):
-            if id(o) not in given or o is out:
-                self.mark(o, None if rule.is_layer and not wants(o) else call.n, i)
-        call.lighten() if self.lean else call.notice(came_in+tensors(out))
+            if o is out or not any([o is t for t in call.inps]):
+                self.mark(o, None if layer is not None and not wants(o) else call.n, i)
+        if self.lean: call.lighten()
+        call.notice()
 
-    def constant(self, f, args, kwargs, ts, versions):
-        "Run `f` where no gradient goes through it"
+    def constant(self, call):
+        "Run a function where no gradient goes through it"
+        f,ts = call.f,call.inps
         if base_name(f)=='detach': guards.stays_as_it_is(self, f, ts[0], False)
-        out = self.plain(f, args, kwargs)
-        guards.unchanged(self, f, ts, versions)
-        changed = [t for t,v in zip(ts, versions) if t._version!=v and t.mark is not None]
+        out = self.plain(f, call.args, call.kwargs)
+        changed = call.changed()
+        guards.unchanged(self, f, changed)
+        changed = [t for t in changed if t.mark is not None]
         for t in changed+not_among(ts, out):
             if t.requires_grad and not t._is_view(): self.new_leaf(t)
             else: self.mark(t, None) # a view requires grad if its base does
         for t in changed: self.constant_behind(t)
-        if f not in cuts: self.look_for_views(ts, out, floats(out), f, args, kwargs)
+        if f not in cuts: self.look_for_views(call, out, floats(out))
         elif base_name(f)=='detach': self.mark(ts[0], None)
         return out
 
@@ -240,7 +231,7 @@ class Record(Sources, Views, TorchFunctionMode):
     def around(self, layer=None):
         "The module whose method is running, or the `layer` that is called, and the outermost one"
         if layer is not None and self.root is not None: return layer,self.root
-        modules = running(self.within)
+        modules = running(self.within, self.caller)
         innermost = next(modules, None) if layer is None else layer
         if self.root is not None: return innermost,self.root
         *_,outermost = innermost,*modules

@@ -51,7 +51,6 @@ def fresh(rec, f, t, version):
 
 def from_here(rec, f, t):
     "Refuse a tensor from outside where inputs were declared, and what autograd has computed"
-    if is_param(t): return
     if rec.strict:
         rec.fail(f, f"got {shape(t)} from outside the record: "
             "make it an input, or mark it with const() if it wants no gradient")
@@ -124,29 +123,28 @@ def shows_each_once(rec, f, t):
                 "which shows a number more than once: change a clone()")
         reach += (size-1)*stride
 
-def unchanged(rec, f, ts, versions):
+def unchanged(rec, f, changed):
     "Refuse a change in place of what has a gradient, by a function that isn't known to change it"
-    for t,version in zip(ts, versions):
-        if t._version!=version and rec.has_gradient(t):
+    for t in changed:
+        if rec.has_gradient(t):
             rec.fail(f, f"changed {shape(t)} in place, which has a gradient: change a clone()")
 
-def only_statistics(rec, f, rule, args, kwargs, ts, versions):
+def only_statistics(rec, call, changed):
     "Refuse a constant that was written into, but for running statistics"
-    changed = [t for t,v in zip(ts, versions) if t._version!=v]
-    for name,t in rule.named(args, kwargs) if rule and changed else ():
+    for name,t in call.rule.named(call.args, call.kwargs) if call.rule else ():
         if any(t is c for c in changed) and not name.startswith('running_'):
-            rec.fail(f, f"writes into {shape(t)}, its argument '{name}': "
+            rec.fail(call.f, f"writes into {shape(t)}, its argument '{name}': "
                 "recorded numbers would be lost there: give it a clone()")
 
 # %% ../../nbs/core/105_guards.ipynb #099fdaf8
 def has_rule(rec, f, rule, ts):
     "Refuse a call that can't be walked back"
-    if getattr(f, '__module__', '')=='torch.nn.init':
-        rec.fail(f, "is an initialisation: make the module before the record")
     if rule is None:
+        if getattr(f, '__module__', '')=='torch.nn.init':
+            rec.fail(f, "is an initialisation: make the module before the record")
         register = "drop recorded(), or register" if getattr(f, 'ours', False) else "register"
         rec.fail(f, f"has no gradient rule: {register} one with gradient_of, or Wrap what calls it")
-    for t in ts:
-        if t.is_complex():
-            rec.fail(f, f"has complex numbers, in {shape(t)}, for which there are no rules: "
-                "Wrap what calls it")
+    if not any([t.is_complex() for t in ts]): return
+    t = next(t for t in ts if t.is_complex())
+    rec.fail(f, f"has complex numbers, in {shape(t)}, for which there are no rules: "
+        "Wrap what calls it")

@@ -20,6 +20,7 @@ from .nodes import as_node
 from .record import GradError, is_param, tensors, wants
 from .stand_ins import Layer, stand_in_class
 from .surroundings import here
+from .unseen import TrueGradients
 from .walk_guards import apart_in_memory
 
 # %% ../../nbs/core/118_module.ipynb #42d9865c
@@ -128,8 +129,10 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         else: f = lambda *args, **kwargs: between_hooks(self, layer, args, kwargs)
         if is_compiling(): return f(*args, **kwargs)
         before,here.nodes = getattr(here, 'nodes', False),True
-        if not before: of_an_earlier_pass(tensors((args,kwargs), openly=False))
-        try: return f(*args, **kwargs)
+        try:
+            if before: return f(*args, **kwargs)
+            of_an_earlier_pass(tensors((args,kwargs), openly=False))
+            with TrueGradients(): return f(*args, **kwargs)
         finally: here.nodes = before
 
     def _transformed(self, args, kwargs):
@@ -137,7 +140,7 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         if self.has_bwd and not self.exact:
             self._fail("torch.func would take the derivative of its forward, and its bwd "
                 "isn't meant to be that (exact=False): call backward() instead")
-        return super().__call__(*args, **kwargs)
+        with TrueGradients(): return super().__call__(*args, **kwargs)
 
     # the last call
 

@@ -101,7 +101,7 @@ class Node(torch.autograd.Function):
                 cast = ctx.autocast and t.g is not None and t.g.dtype
                 walk_guards.fits(t.g, t, (t.dtype,cast), module.exact, who)
             gs.append(t.g.to(t.dtype) if a and t.g is not None else None)
-        if not is_compiling(): in_memory_of_their_own(gs, saved, [*ts, *tensors(out), *upstream])
+        if not is_compiling(): in_memory_of_their_own(gs, saved, upstream)
         return None,None,None,*gs
 
 def as_node(

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['spelled', 'kernels', 'registry', 'by_name', 'operators', 'blind', 'bodies', 'forms', 'looks', 'cuts', 'by_form',
            'formal', 'escapes', 'wanting', 'asks', 'instead', 'hooking', 'differentiating', 'modes', 'kinds',
-           'unbroadcast', 'fit', 'NotSaved', 'Unread', 'form_of', 'Rule', 'spellings', 'gradient_of', 'elementwise',
-           'base_name', 'rule_of', 'by_rule', 'homes_of', 'name_of', 'body_of', 'unasking', 'members', 'getters',
-           'Kind']
+           'unbroadcast', 'fit', 'NotSaved', 'Unread', 'form_of', 'nans', 'nans_like', 'Rule', 'spellings',
+           'gradient_of', 'elementwise', 'base_name', 'rule_of', 'inexact', 'by_rule', 'homes_of', 'name_of', 'body_of',
+           'unasking', 'members', 'getters', 'Kind']
 
 # %% ../../nbs/core/103_rules.ipynb #f2d4df1c
 import types
 from dataclasses import dataclass
+from functools import lru_cache
 from inspect import Parameter, signature
 import torch
 import torch.nn.functional as F
@@ -54,12 +55,22 @@ class Unread(Tensor):
 
     @classmethod
     def of(cls, t):
-        if is_param(t) or not t.is_floating_point(): return t
-        return t.new_empty(()).expand(t.shape).as_subclass(cls)
+        return nans_like(t).as_subclass(cls) if t.is_floating_point() and not is_param(t) else t
 
-def form_of(t):
-    "`t`, where its shape, dtype and device are read alone"
+def form_of(t,
+    laid_out=None, # as this, if `t` is the stand-in for one that was let go
+):
+    "`t`, where its shape, dtype, device and layout are read alone"
+    if laid_out is not None and t.ndim and not any(t.stride()):
+        return torch.empty_permuted(t.shape, laid_out.dim_order(), dtype=t.dtype, device=t.device)
     return t.as_subclass(Tensor) if type(t) is Unread else t
+
+@lru_cache
+def nans(shape, dtype, device):
+    return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape) # one number
+def nans_like(t):
+    "The same for rules that are known to read no more: NaN, if one should"
+    return nans(t.shape, t.dtype, t.device) if t.is_floating_point() and not is_param(t) else t
 
 # torch's and numpy's names of arguments, and ours
 spelled = {'input':'inp', 'self':'inp', 'a':'inp', 'x':'inp', 'x1':'inp', 'x2':'other',
@@ -80,9 +91,11 @@ class Rule:
         self.saved = None # else pairs: the name, and of whose gradient
         if self.saves is not None:
             self.saved = {o.partition(':')[::2] for o in self.saves.split()}
+            self.read = {name for name,_ in self.saved}
         self.rest = next((p.name for p in params if p.kind is Parameter.VAR_POSITIONAL), None)
         self.open = any(p.kind is Parameter.VAR_KEYWORD for p in params)
         self.same_dtype = self.forward is None # what a `forward` kept has its own
+        self.is_known = getattr(self.grad, '__module__', '').startswith('fnnlite.')
 
     def check_saves(self):
         "Refuse a name in `saves` that is no argument; a `forward` may keep what it likes"
@@ -95,7 +108,8 @@ class Rule:
     def reads(self, name, wanted=None)->bool:
         "Does it read the numbers of `name`, if the gradients of `wanted` (None: all) are wanted?"
         if self.saved is None: return True
-        return any(n==name and (not of or wanted is None or of in wanted) for n,of in self.saved)
+        if wanted is None: return name in self.read
+        return any(n==name and (not of or of in wanted) for n,of in self.saved)
 
     def spell(self, k): return k if k in self.names else spelled.get(k, k)
     def renamed(self, kwargs)->dict:
@@ -107,7 +121,7 @@ class Rule:
         names = names+[self.rest]*(len(args)-len(names))
         return [*zip(names, args), *self.renamed(kwargs).items()]
 
-    is_layer,is_known = False,False # known: its forward uses what it is given
+    is_layer = False
     def param_names(self, call)->list:
         "The names of a layer's parameters; those of a function are arguments"
         return []
@@ -116,11 +130,12 @@ class Rule:
     def lightened(self, args, kwargs, out)->tuple:
         "`args`, `kwargs` and `out` without the numbers that it doesn't read"
         if self.saved is None: return args,kwargs,out
-        light = lambda name, o: o if self.reads(name) else maptree(Unread.of, o)
+        unread = nans_like if self.is_known else Unread.of
+        light = lambda name, o: o if self.reads(name) else maptree(unread, o)
         args = tuple(light(name, o) for name,o in self.named(args, {}))
         kwargs = {k:light(self.spell(k), o) for k,o in kwargs.items()}
         reads_out = any(map(self.reads, ('out',*getattr(out, '_fields', ()))))
-        return args,kwargs,out if reads_out else maptree(Unread.of, out)
+        return args,kwargs,out if reads_out else maptree(unread, out)
 
     def in_place(self, args, kwargs)->bool:
         "Was `inplace=True` given?"
@@ -198,6 +213,10 @@ def rule_of(f)->Rule|None:
     of_that_name = (getattr(home, base, None) for home in homes_of(f))
     return next((registry[g] for g in of_that_name if g in registry), None)
 
+def inexact()->set:
+    "torch's functions with a rule that isn't meant to be the gradient"
+    return {f for f,rule in registry.items() if not (rule.exact or getattr(f, 'ours', False))}
+
 def by_rule(f, out, *args, **kwargs):
     "A `bwd` in one line: assign the `.g` of the arguments by the rule of `f`, or its kernel"
     rule_of(f).assign(out, args, kwargs)
@@ -274,3 +293,4 @@ class Kind:
         self.body = body_of(f) if self.rule is None and not (self.cuts or self.escapes) else None
         self.in_place = not self.ours and (bool(base_name(f)) or f is Tensor.__setitem__)
         self.may_be_in_place = not self.ours and 'inplace' in getattr(self.rule, 'names', ())
+        self.keeps = self.ours or bool(self.rule and self.rule.forward) # something on its output?

@@ -35,8 +35,9 @@ class Sources:
     def met(self, t, f):
         "The leaf for a tensor that comes in for the first time; None if it wants no gradient"
         if not wants(t): return None
-        if not self.is_buffer(t): guards.from_here(self, f, t)
-        elif not t.requires_grad: return None
+        if not is_param(t):
+            if not self.is_buffer(t): guards.from_here(self, f, t)
+            elif not t.requires_grad: return None
         return self.leaf(t)
 
     def settle(self, out):
@@ -46,7 +47,6 @@ class Sources:
 
     def is_buffer(self, t):
         "Is `t` a buffer of the modules in use?"
-        if is_param(t): return False
         if id(t) not in self.buffers:
             _,outermost = self.around()
             if outermost is not None: self.buffers.update((id(b),b) for b in outermost.buffers())
@@ -71,4 +71,7 @@ class Sources:
         "What `t.requires_grad` says"
         if not self.is_outermost or not self.has_gradient(t): return self.has_gradient(t)
         if not self.is_output(t): return t.requires_grad
-        return self.made[t.mark[1]].asked
+        for call in self.made[len(self.asked):]:
+            self.asked.append(any([s.t.requires_grad if type(s) is Leaf else self.asked[s[0]]
+                for s in call.sources if s]))
+        return self.asked[t.mark[1]]

@@ -123,7 +123,7 @@ def is_known(cls):
 
 class Layer:
     "One call of a module with a `bwd`, as a function of its arguments and a `Kind` of its own"
-    ours,body = True,None
+    ours,keeps,body = True,True,None
     looks = special = cuts = escapes = in_place = may_be_in_place = False
     def __init__(self, module, params):
         self.module,self.params,self.named = module,params,module._parameters.copy()

@@ -15,9 +15,10 @@ here = threading.local() # here.record: the one that this thread is in
 
 def running(
     within, # the `id` of the frame to stop at
+    frame=None, # where to begin; default: here
 ):
     "The modules whose methods are running, the innermost first"
-    frame,last = sys._getframe(1),None
+    frame,last = frame or sys._getframe(1),None
     while frame is not None and id(frame)!=within:
         if frame.f_code.co_varnames[:1]==('self',):
             module = frame.f_locals['self']

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from .guards import shape, typed
-from .record import GradError, as_it_is, floats, tensors
+from .record import GradError, all_as_it_is, floats, tensors
 
 # %% ../../nbs/core/107_walk_guards.ipynb #c082c0a8
 def still_there(rec):
@@ -109,7 +109,9 @@ def in_words(call, t):
         if any(o is t for o in tensors(v)): return f"argument '{name}'"
     return 'the output'
 
-def memory_of(params): return [(p,p.untyped_storage()._cdata) for p in params]
+def memory_of(params):
+    "Where their numbers are: `p.data = ...` changes that, and no version counts it"
+    return [(p,p.untyped_storage()._cdata) for p in params]
 
 def same_memory(who, memory, name=lambda t: 'a parameter'):
     "Refuse a parameter whose numbers have moved since `memory_of`: no version counts that"
@@ -120,8 +122,8 @@ def same_memory(who, memory, name=lambda t: 'a parameter'):
 
 def as_it_was(call):
     "Refuse to run a rule where something it reads was changed in place"
-    same_memory(call, call.memory, lambda t: in_words(call, t))
-    if call.kept_was is not None and as_it_is(call.kept)!=call.kept_was:
+    if call.memory: same_memory(call, call.memory, lambda t: in_words(call, t))
+    if call.kept_was is not None and all_as_it_is(call.kept)!=call.kept_was:
         raise GradError(f"{call}: what its forward kept on its output was changed in place "
             "after the call: keep a clone() or a copy")
     if [t._version for t in call.noted]==call.versions: return
@@ -136,9 +138,9 @@ def as_it_was(call):
             raise GradError(f"{call}: {in_words(call, t)}, {shape(t)}, was changed in place "
                 "after the call, and the rule reads it: change a clone()")
 
-def can_replace(call, out):
+def can_replace(call, outs):
     "Refuse what `before` put in place of a gradient unless it can be one"
-    for o in floats(out):
+    for o in outs:
         g,did = o.g,f"{call}: `before` set an out.g of"
         if not isinstance(g, Tensor):
             raise GradError(f"{did} type {type(g).__name__}, expected a tensor")

@@ -16,7 +16,6 @@ from torch import Tensor
 from ..core.backward import walk
 from ..core.calls import Record
 from ..core.record import floats, maptree, tensors
-from ..core.rules import Unread
 from .containers import Model, the_loss
 from .seeing import Text, as_before, in_columns
 
@@ -63,13 +62,14 @@ def gradients(rec, out, **kwargs)->dict:
 # %% ../../nbs/nets/143_tables.ipynb #512a4926
 def numbers(ts)->Tensor|None:
     "All numbers of `ts` in a row, in float64; None if they were let go"
-    if not ts or any(type(t) is Unread for t in ts): return None
+    if not ts: return None
     return torch.cat([t.detach().flatten().to('cpu', torch.float64) for t in ts])
 
 def row(n, call, gs)->tuple:
     "What a table says of a call: the columns of `as_table`"
-    outs = call.made() or call.outs
-    ns,gs = numbers(outs),numbers([g for g in gs if g is not None])
+    made = call.made()
+    outs = made or call.outs
+    ns,gs = numbers(made),numbers([g for g in gs if g is not None])
     shapes = ' '.join(str(tuple(o.shape)) for o in outs)
     size = sum(o.numel()*o.element_size() for o in outs)
     stats = '','',''

@@ -114,7 +114,7 @@ def avg_pooling(f, n, kernel):
     "Register the rule of `f`, which takes means over windows of `n` dimensions"
     def by_kernel(out, inp, kernel_size, stride=None, padding=0, ceil_mode=False,
         count_include_pad=True, divisor_override=None):
-        return kernel(as_image(out.g, n), as_image(form_of(inp), n),
+        return kernel(as_image(out.g, n), as_image(form_of(inp, out.g), n),
             *windows(n, kernel_size, stride, padding), ceil_mode, count_include_pad,
             divisor_override).reshape(inp.shape)
 
@@ -129,7 +129,7 @@ def avg_pooling(f, n, kernel):
 def adaptive_avg_pooling(f, n, kernel):
     "Register the rule of `f`, which takes means over windows that fit the output's size"
     def by_kernel(out, inp, output_size):
-        return kernel(as_image(out.g, n), as_image(form_of(inp), n)).reshape(inp.shape)
+        return kernel(as_image(out.g, n), as_image(form_of(inp, out.g), n)).reshape(inp.shape)
 
     @gradient_of(f, saves='', kernel=by_kernel)
     def adaptive_avg_pool_grad(out, inp, output_size):
