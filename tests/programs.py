@@ -613,13 +613,15 @@ def comparable(t):
 def difference(want, got):
     "What is wrong in `got`, or ''; a gradient of None is 0"
     def size(t): return t.abs().max().item() if t is not None and t.numel() else 0.
-    largest = max(map(size, want.values()))
+    largest = max(size(t if t is None else t.nan_to_num()) for t in want.values())
     for name,w in want.items():
         g = got[name]
         if w is g is None: continue
         w,g = (torch.zeros_like(g) if w is None else w),(torch.zeros_like(w) if g is None else g)
         if w.shape!=g.shape or w.dtype!=g.dtype:
             return f'{name} is {g.dtype} {[*g.shape]}, expected {w.dtype} {[*w.shape]}'
+        both = w.isnan()&g.isnan() # a mean of nothing is NaN in torch too
+        w,g = w.where(~both, 0),g.where(~both, 0)
         off,tol = size(w-g),1e-9*max(size(w), largest/1000)
         if not off<=tol: return f'{name} is off by {off:.2g} of {size(w):.2g}'
     return ''
