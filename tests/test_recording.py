@@ -740,6 +740,15 @@ def test_hooks_where_nobody_would_call_them():
     model(x)
     with pytest.raises(GradError, match='has a hook'): model.backward(torch.ones(3, 1))
 
+def test_the_first_hook_of_a_process_is_seen(monkeypatch):
+    "Its number is 0; the record's own has another."
+    from torch.utils.hooks import RemovableHandle
+    model,x = Model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))),torch.randn(3, 4)
+    model(x)
+    monkeypatch.setattr(RemovableHandle, 'next_id', 0)
+    model.calls()[0].out.register_hook(lambda g: 2*g)
+    with pytest.raises(GradError, match="wouldn't call its hook"): model.backward(torch.ones(3, 1))
+
 def test_layer_norm_under_autocast():
     net,x = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)),torch.randn(3, 4)
     def loss(net):

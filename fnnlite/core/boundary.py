@@ -168,7 +168,8 @@ def watch_outside(rec):
     outs = {id(o):o for call in rec.made for o in call.made() if rec.is_output(o)}.values()
     # views first: torch might crash at a hook on a view whose base requires grad already
     for o in sorted(outs, key=lambda o: not o._is_view()):
-        try: o.requires_grad_()._backward_hooks = OrderedDict({0:used_outside}) # as register_hook
+        # what `register_hook` does, but faster; -1: a handle's number is 0 or more
+        try: o.requires_grad_()._backward_hooks = OrderedDict({-1:used_outside})
         except RuntimeError: pass # then autograd itself refuses to use it
 
 # %% ../../nbs/core/113_boundary.ipynb #27b3c96d

@@ -20,7 +20,7 @@ from .nodes import as_node
 from .record import GradError, is_param, tensors, wants
 from .stand_ins import Layer, stand_in_class
 from .surroundings import here
-from .unseen import TrueGradients
+from .unseen import true_gradients
 from .walk_guards import apart_in_memory
 
 # %% ../../nbs/core/118_module.ipynb #42d9865c
@@ -132,7 +132,7 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         try:
             if before: return f(*args, **kwargs)
             of_an_earlier_pass(tensors((args,kwargs), openly=False))
-            with TrueGradients(): return f(*args, **kwargs)
+            with true_gradients(): return f(*args, **kwargs)
         finally: here.nodes = before
 
     def _transformed(self, args, kwargs):
@@ -140,7 +140,7 @@ class Module(nn.Module, metaclass=PrePostInitMeta):
         if self.has_bwd and not self.exact:
             self._fail("torch.func would take the derivative of its forward, and its bwd "
                 "isn't meant to be that (exact=False): call backward() instead")
-        with TrueGradients(): return super().__call__(*args, **kwargs)
+        with true_gradients(): return super().__call__(*args, **kwargs)
 
     # the last call
 

@@ -51,4 +51,7 @@ class GradStats(Callback):
             if name=='grad norm' and any(r[-1]>0 for rows in self.stats.values() for r in rows):
                 ax.set_yscale('log')
         if len(self.stats)<=10: axs[-1].legend(fontsize=7)
+        else:
+            scale = plt.Normalize(0, len(self.stats)-1)
+            fig.colorbar(plt.cm.ScalarMappable(scale, 'viridis'), ax=axs[-1], label='call')
         return fig
