@@ -3,6 +3,7 @@
     python scripts/coverage.py             # every sample; some minutes
     python scripts/coverage.py add nn.GRU  # of these functions and modules
     python scripts/coverage.py --page      # every sample, and the table nbs/coverage.md
+    python scripts/coverage.py --break     # is each rule found out, if its gradients are off by a thousandth?
 
 Float64, a random upstream gradient, 1e-9 of the largest, with torch's kernels and by the formulas alone, and with what
 `saves` names alone. Prints what was right, what was refused (no rule, for most), what was skipped (complex numbers, or
@@ -88,6 +89,44 @@ def check(op, most=None)->Counter:
             finally: kernels.on = True
     return seen
 
+def off(f):
+    "A rule, or its kernel, whose gradients are off"
+    def wrong(out, *args, **kwargs):
+        gs = f(out, *args, **kwargs) # a rule assigns them, a kernel returns them
+        for t in floats((args,kwargs)):
+            if gs is None and t.g is not None: t.g = t.g+1e-3
+        return tree_map(lambda g: g+1e-3 if is_float(g) else g, gs)
+    return wrong
+
+def found_out(op, rule, part)->bool:
+    "Does a sample of `op` show that `part` of its rule, 'grad' or 'kernel', is off?"
+    right,kernels.on = getattr(rule, part),part=='kernel'
+    setattr(rule, part, off(right))
+    try: return any(s.startswith('WRONG') for s in verdicts(op))
+    finally:
+        setattr(rule, part, right)
+        kernels.on = True
+
+def verdicts(op):
+    for args,kwargs in samples(op):
+        try: yield compare(op.op, args, kwargs)
+        except Exception as e: yield f'WRONG: {e}'
+
+elsewhere = ['soft_margin_loss_grad'] # its samples ask for a gradient of the target, which torch lacks: tests/test_losses.py
+
+def break_each(functions):
+    "Print the rules that samples show to be off, and those that none does"
+    found = {}
+    for name,op in functions.items():
+        rule = rule_of(op.op)
+        if rule is None or not op.supports_autograd or torch.float64 not in op.dtypes: continue
+        for part in ('grad','kernel'):
+            if getattr(rule, part) is not None and not found.get((rule,part)):
+                found[rule,part] = found_out(op, rule, part)
+    missed = [f"{rule.grad.__name__} ({part})" for (rule,part),was in found.items() if not was and rule.grad.__name__ not in elsewhere]
+    print(f"{len(found)-len(missed)} of {len(found)} rules and kernels found out; not: {', '.join(missed) or 'none'}")
+    return 1 if missed else 0
+
 def modules():
     "torch's modules with their samples, by name"
     from torch.testing._internal.common_modules import module_db
@@ -126,6 +165,7 @@ def page(every, counts):
 
 def main(names):
     torch.set_num_threads(1)
+    if '--break' in names: return break_each(database())
     to_page = '--page' in names
     names = [n for n in names if n!='--page']
     functions,total,right,counts = database(),Counter(),set(),{}

@@ -2,7 +2,7 @@
 import pytest, torch
 import torch.nn.functional as TF
 from hypothesis import given, settings, strategies as st
-from fnnlite import Module, Lin, Softmax, BCEWithLogits, CrossEntropy, Mse, NLL, Model, const
+from fnnlite import Module, Lin, Softmax, BCEWithLogits, CrossEntropy, Mse, NLL, Model, const, recording
 from fnnlite.ops.losses import check_classes, check_range, one_hot
 from cases import loss_cases
 from helpers import Lin64, agree, assert_grads, close, rand
@@ -162,3 +162,15 @@ def test_errors_of_class_indices(cls, inp, targ, exc, msg):
     with pytest.raises(exc, match="Who: " + msg):
         check_classes('Who', R(inp), targ)
         check_range('Who', targ, inp[-1])
+
+@pytest.mark.parametrize('reduction', ['none','sum','mean'])
+def test_soft_margin_loss(reduction):
+    "torch has no gradient of its target, so both are compared with those of log(1+exp(-targ*inp)), written out."
+    inp,targ = rand(3, 4),rand(3, 4)
+    refs = [t.clone().requires_grad_() for t in (inp, targ)]
+    want = TF.softplus(-refs[1]*refs[0])
+    if reduction!='none': want = getattr(want, reduction)()
+    g = torch.randn_like(want)
+    with recording() as rec: out = TF.soft_margin_loss(inp, targ, reduction=reduction)
+    rec.backward(out, g)
+    close([out, inp.g, targ.g], [want.detach(), *torch.autograd.grad(want, refs, g)])
