@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
 from ..core.module import Module
-from .linears import rows
+from .routes import rows
 from ..core.checks import check_inp
 from ..core.record import traced, wants
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['aten', 'lstm_mode', 'workspaces', 'amd_family', 'onednn_is_faster', 'onednn_product', 'like_product', 'onednn_fits',
-           'product', 'cell_sizes', 'lstm_cell_forward', 'lstm_cell_kernel', 'like_lstm_cell']
+           'product', 'rows', 'einsum', 'cell_sizes', 'lstm_cell_forward', 'lstm_cell_kernel', 'like_lstm_cell']
 
 # %% ../../nbs/ops/120_routes.ipynb #5172df05
 import re
@@ -76,6 +76,19 @@ def product(a, b, bias=None):
     if a.ndim==2: return torch.addmm(bias, a, b)
     out = a@b
     return out+bias if bias.dtype==out.dtype else out+bias.to(out.dtype) # autocast has changed it
+
+def rows(t):
+    "(...,n) as (N,n)"
+    return t if t.ndim==2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+def einsum(equation, a, b):
+    "`torch.einsum` of two tensors; where it is a product of matrices, by `product`"
+    left,right,to = equation.replace('->', ',').split(',')
+    i,j = left[-1],right[-1]
+    if (left,right,to)==(f'...{i}', f'...{j}', i+j): return product(rows(a).t(), rows(b))
+    if (left,right,to)==(f'...{i}', i+j, f'...{j}'): return product(a, b)
+    if (left,right,to)==(f'...{i}', right[0]+i, f'...{right[0]}'): return product(a, b.t())
+    return torch.einsum(equation, a, b)
 
 # %% ../../nbs/ops/120_routes.ipynb #786e47de
 aten = torch.ops.aten
