@@ -51,7 +51,6 @@ class Side(Module):
         return self.cat(*[self.flat(t) for o in outs for t in (o if isinstance(o, tuple) else (o,))])
 def for_side(): return [t for c in one_each for t in c.inps()]
 
-@pytest.mark.slow
 def test_layers():
     "All of them, with torch's operations before and behind"
     m,inps = Side(),for_side()

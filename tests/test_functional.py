@@ -355,7 +355,8 @@ def test_inputs_that_dont_go_together(case):
     with pytest.raises(ValueError, match='is on device meta, expected cpu'): case.make()(a, *[t.to('meta') for t in others])
 
 @pytest.mark.parametrize('equation,a,b', [('...i,...j->ij', (2,5,4), (2,5,3)), ('...i,...j->ij', (4,), (3,)), ('...j,ij->...i', (2,5,3), (4,3)),
-    ('...o,oi->...i', (5,4), (4,3)), ('...i,...i->i', (5,4), (5,4)), ('...,...i->i', (5,), (5,3)), ('ij,jk->ik', (2,3), (3,4)), ('...i,...i->...', (2,3), (2,3))])
+    ('...o,oi->...i', (5,4), (4,3)),
+    ('...i,...i->i', (5,4), (5,4)), ('...,...i->i', (5,), (5,3)), ('ij,jk->ik', (2,3), (3,4)), ('...i,...i->...', (2,3), (2,3))])
 def test_einsum_by_products(equation, a, b):
     a,b = (torch.randn(s, dtype=torch.float64) for s in (a,b))
     torch.testing.assert_close(routes.einsum(equation, a, b), torch.einsum(equation, a, b))

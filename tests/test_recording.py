@@ -708,6 +708,21 @@ def test_one_tensor_as_several_gradients(way):
     m.q.grad.mul_(.1)
     assert x.g.tolist()==[2]*3 if way=='hand' else x.grad.tolist()==[2]*3
 
+class BufferAsGradient(Module):
+    exact = False
+    def __init__(self):
+        self.w = nn.Parameter(torch.ones(3))
+        self.register_buffer('b', torch.ones(3))
+    def forward(self, x): return x*self.w
+    def bwd(self, out, x): x.g,self.w.g = out.g,self.b
+
+def test_a_buffer_as_a_gradient():
+    m = BufferAsGradient()
+    m(torch.ones(3))
+    m.backward(torch.ones(3))
+    m.w.grad.mul_(.1)
+    assert m.b.tolist()==[1]*3
+
 def test_a_sum_of_parameters():
     p,q = (nn.Parameter(torch.zeros(3)) for _ in range(2))
     start = torch.ones(3)

@@ -220,7 +220,8 @@ def shares(
         gs.append(g)
     if call.memory:
         kept = [v for attrs in call.kept for v in attrs.values()]
-        in_memory_of_their_own(gs, [t for _,t in wanted], [*(o.g for o in outs), *kept])
+        held = [*(o.g for o in outs), *kept, *call.rule.held(call)]
+        in_memory_of_their_own(gs, [t for _,t in wanted], held)
     gs = iter(gs)
     return [None if s is None else next(gs) for s in call.sources]
 

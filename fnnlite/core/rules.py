@@ -126,6 +126,7 @@ class Rule:
         "The names of a layer's parameters; those of a function are arguments"
         return []
     def autocast_now(self, out): "The autocast that it wants to run under: none"
+    def held(self, call): return () # what its module holds
 
     def lightened(self, args, kwargs, out)->tuple:
         "`args`, `kwargs` and `out` without the numbers that it doesn't read"

@@ -99,6 +99,7 @@ class LayerRule(Rule):
         aliases = dict(zip(layer.params, call.own))
         me = stand_in(layer.module, aliases, layer.called, layer.named)
         me.bwd(call.out, *call.args, **call.kwargs)
+    def held(self, call): return [v for _,v in held(call.f.module)]
     def autocast_now(self, outs):
         found = autocast_of(outs)
         return found and torch.autocast(*found, cache_enabled=False)
